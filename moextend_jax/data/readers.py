@@ -140,10 +140,11 @@ def with_items(batch: Batch, readers: Mapping[str, Any], rows: Mapping[str, np.n
     return given(batch, readers, read)
 
 
-def given(batch: Batch, readers: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Batch:
-    """The batch with what the readers have read, each where its kind belongs."""
+def given(batch: Batch, media: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Batch:
+    """The batch with these arrays of items by medium, each in the field of `Batch` that its medium, or its reader,
+    names."""
     fields: dict[str, dict[str, np.ndarray]] = {"media": {}, "features": {}}
-    for name in readers:
+    for name in media:
         if name in arrays:
-            fields[readers[name].field][name] = arrays[name]
+            fields[media[name].field][name] = arrays[name]
     return batch._replace(**fields)

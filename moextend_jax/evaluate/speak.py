@@ -15,6 +15,7 @@ from PIL import Image
 from moextend_jax import distributed
 from moextend_jax.config import IGNORE, IMAGE, Batch, Medium, MoextendError, first_places
 from moextend_jax.data.conversations import Encoded, encode_dialogue, in_row, text_batch
+from moextend_jax.data.readers import given
 from moextend_jax.data.writing import Spans
 from moextend_jax.evaluate.asking import generator_of
 from moextend_jax.generate import Sampling
@@ -176,9 +177,7 @@ def batch_of(opened: Askable, prompt: Encoded, shown: Shown) -> Batch:
     """The prompt as row 0 of a batch, on the host; the mesh's other row shards get a row without tokens each."""
     rows, length = row_shards(opened.mesh), -(-len(prompt.ids_L) // BUCKET) * BUCKET
     empty = ((0, rows - 1), (0, length - len(prompt.ids_L)))
-    fields: dict[str, dict[str, np.ndarray]] = {"media": {}, "features": {}}
-    for name, items in shown.arrays.items():
-        fields[opened.config.media[name].field][name] = np.pad(items[None], ((0, rows - 1), *[(0, 0)] * items.ndim))
+    arrays = {name: np.pad(of[None], ((0, rows - 1), *[(0, 0)] * of.ndim)) for name, of in shown.arrays.items()}
     media = opened.config.media
     rooms = {name: media[name].room(len(shown.arrays[name])) for name in media if name in shown.arrays}
 
@@ -188,7 +187,7 @@ def batch_of(opened: Askable, prompt: Encoded, shown: Shown) -> Batch:
 
     text = text_batch(*(np.pad(row_L[None], empty) for row_L in (prompt.ids_L, np.ones_like(prompt.ids_L))))
     fused = {name: placed(of_L) for name, of_L in prompt.fused.items()}
-    return text._replace(places_BL=placed(prompt.places_L), fused=fused, **fields)
+    return given(text._replace(places_BL=placed(prompt.places_L), fused=fused), media, arrays)
 
 
 class Shown(NamedTuple):
