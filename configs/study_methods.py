@@ -4,9 +4,8 @@
 
 `moextend` is the method; everything else is compared with it, seed by seed, after 100 steps of finetune instead of the
 demo's 260. Low-rank updates have LLaVA's alpha/rank of 2; rank 8 is to a model of width 128 about what LLaVA's rank is
-to one of 4096. `_equal` has about as many trained parameters as the new experts (at most 2 % fewer): DAMC and QLoRA stand
-at these alone. One block, twice as many, is the fewest that LLaMA-Pro can add. `_strict` is under strict text isolation,
-where every method leaves text exactly as it was.
+to one of 4096. `_equal` trains as many parameters as the new experts have, or up to 2 % fewer. One block, twice as
+many, is the least that LLaMA-Pro can add. `_strict` is under strict text isolation: text stays exactly as it was.
 """
 
 import dataclasses
