@@ -22,8 +22,8 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from moextend_jax import cli
-from moextend_jax.checkpoints import convert, delta, hashes, names, store, train_state
-from moextend_jax.checkpoints.loading import open_checkpoint, open_source, open_tower
+from moextend_jax.checkpoints import compose, convert, delta, hashes, names, store, train_state
+from moextend_jax.checkpoints.loading import Source, open_checkpoint, open_source, open_tower
 from moextend_jax.checkpoints.transformers_layout import export_transformers
 from moextend_jax.config import (
     RECIPES,
@@ -302,12 +302,18 @@ def test_the_storage_that_deltas_were_trained_over_is_kept(root: Path, tmp_path:
         assert open_source(out).record.facts["expert_storage"] == said
 
 
-def test_media_that_were_given_the_same_id_apart_get_ids_of_their_own(root: Path, tmp_path: Path):
+def test_media_that_were_given_the_same_id_apart_get_ids_of_their_own(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     same = dataclasses.replace(MEDIA["touch"], tags=MEDIA["speech"].tags)
     config = dataclasses.replace(CONFIG, media=Named(touch=same), extensions=Named(touch=EXTENSIONS["touch"]))
     clashing = export_delta(config, root, tmp_path / "clashing")
     words = [str(root / "base"), str(root / "speech"), str(clashing), str(tmp_path / "out")]
+    read, ends = compose.tokenizer_of, []
+    monkeypatch.setattr(Source, "ends", [7])  # of config.json alone: no id for a medium either
+    monkeypatch.setattr(compose, "tokenizer_of", lambda *of, **own: ends.append(own["ends"]) or read(*of, **own))
     cli.call(["compose", *words, "--tower", f"speech={root / 'tower of speech'}"])
+    assert ends == [[7]]
     media = open_source(tmp_path / "out").config.media
     assert media["speech"] == MEDIA["speech"]
     pads = {medium.tags.pad for medium in media.values()}

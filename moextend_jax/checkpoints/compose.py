@@ -242,7 +242,7 @@ def _other_tags(tags: ImageTags, taken: set[int], media: Mapping[str, Medium], b
         raise MoextendError(
             f"{name} has the tags of another medium, and without a tokenizer no others can be chosen: give the base one"
         )
-    spare = tokenizer_of(base.tokenizer_folder, base.config).spare
+    spare = tokenizer_of(base.tokenizer_folder, base.config, ends=base.ends).spare
     free = next((id for id in spare if id not in every), None)
     if free is None:
         raise MoextendError(

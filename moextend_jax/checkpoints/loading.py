@@ -53,6 +53,7 @@ from moextend_jax.config import (
     of_pictures,
     with_vision,
 )
+from moextend_jax.data.tokenizer import ends_of
 from moextend_jax.families import FAMILIES
 from moextend_jax.families.towers import TOWERS
 from moextend_jax.folders import folder as named_folder
@@ -90,6 +91,11 @@ class Source(NamedTuple):
     @property
     def config(self) -> ModelConfig:
         return self.record.config
+
+    @property
+    def ends(self) -> list[int]:
+        """Ids that end an answer, as the checkpoint's config.json says; its tokenizer's files may name others."""
+        return ends_of(self.record.attributes.get("decoder", {}))
 
     @property
     def tokenizer_folder(self) -> Path | None:

@@ -170,7 +170,7 @@ def _tokenizer(source: Source, config: ModelConfig) -> Tokenizer | None:
     """None if the checkpoint brings none: the model then takes ids."""
     if (folder := source.tokenizer_folder) is None:
         return None
-    tokenizer = tokenizer_of(folder, source.config, ends=ends_of(source.record.attributes.get("decoder", {})))
+    tokenizer = tokenizer_of(folder, source.config, ends=source.ends)
     others = Named({name: medium for name, medium in config.media.items() if name != IMAGE})
     return dataclasses.replace(tokenizer, others=others)
 

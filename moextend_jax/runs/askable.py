@@ -21,7 +21,7 @@ from moextend_jax import distributed
 from moextend_jax.checkpoints import hashes, train_state
 from moextend_jax.checkpoints.loading import Checkpoint, Source, open_checkpoint
 from moextend_jax.config import ADDITIONS, IMAGE, RECIPES, ModelConfig, MoextendError, Recipe
-from moextend_jax.data.tokenizer import Tokenizer, ends_of, tokenizer_of
+from moextend_jax.data.tokenizer import Tokenizer, tokenizer_of
 from moextend_jax.data.writing import template_identity
 from moextend_jax.folders import absolute
 from moextend_jax.lock import locked
@@ -272,8 +272,7 @@ def _of_checkpoint(checkpoint: Checkpoint, place: Place, *, mesh: Mesh, sizes: E
         return f"{name}-{stored[:12]}-{config.dtype}-{asks_as}"
 
     def read_tokenizer() -> Tokenizer:
-        ends = ends_of(source.record.attributes.get("decoder", {}))
-        tokenizer = tokenizer_of(source.tokenizer_folder or place.folder, config, ends=ends)
+        tokenizer = tokenizer_of(source.tokenizer_folder or place.folder, config, ends=source.ends)
         return dataclasses.replace(tokenizer, others=config.media)
 
     def is_plain() -> bool:

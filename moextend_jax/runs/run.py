@@ -26,7 +26,7 @@ from moextend_jax.checkpoints.leaves import read_sharded
 from moextend_jax.checkpoints.loading import Source, folder_of, open_base, tokenizer_folder
 from moextend_jax.config import IMAGE, RECIPES, ModelConfig, MoextendError
 from moextend_jax.data.batches import Share
-from moextend_jax.data.tokenizer import Tokenizer, ends_of, tokenizer_of
+from moextend_jax.data.tokenizer import Tokenizer, tokenizer_of
 from moextend_jax.data.writing import encoder_of, template_identity
 from moextend_jax.folders import folder, is_url, reading
 from moextend_jax.lock import locked
@@ -185,8 +185,7 @@ def hashes_of(source: Source) -> tuple[str, dict[str, str]]:
 def tokenizer_of_base(settings: RunSettings, source: Source) -> Tokenizer:
     """The tokenizer of the opened base `source`. A base without a template for the recipe is an error here: it is not
     the fault of a single conversation."""
-    ends = ends_of(source.record.attributes.get("decoder", {}))
-    tokenizer = tokenizer_of(tokenizer_folder(settings.base), source.config, ends=ends)
+    tokenizer = tokenizer_of(tokenizer_folder(settings.base), source.config, ends=source.ends)
     encoder_of(tokenizer, settings.recipe)
     return tokenizer
 
