@@ -113,8 +113,8 @@ class Beside:
         folder.parent.mkdir(parents=True, exist_ok=True)
         self.log.touch()
         arguments = settings, folder, made, run, self.log, os.getpid()
-        # A fork would inherit the threads of JAX.
-        self.process = multiprocessing.get_context("spawn").Process(target=_run_beside, args=arguments, daemon=True)
+        # A fork would inherit the threads of JAX, and a daemon may have no processes, which `workers` are.
+        self.process = multiprocessing.get_context("spawn").Process(target=_run_beside, args=arguments)
         self.process.start()
         console().print(f"chain {folder.name} runs beside this one; its lines go to {self.log}", highlight=False)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing.process
 import os
 import subprocess
 import sys
@@ -26,6 +27,13 @@ def test_a_chain_that_fails_says_its_last_line(tmp_path: Path):
     beside = Beside(settings, tmp_path / "open", tmp_path / "strict", whole_run)
     with pytest.raises(MoextendError, match=r"chain open: .*nowhere.*all of it: .*open.log"):
         beside.record()
+
+
+def test_a_chain_beside_may_have_workers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Python forbids a daemon to start processes."""
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", lambda process: None)
+    beside = Beside(from_config_dict(load("demo")), tmp_path / "open", tmp_path / "strict", whole_run)
+    assert not beside.process.daemon
 
 
 def test_a_chain_that_fails_ends_the_one_beside_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
