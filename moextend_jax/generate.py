@@ -65,6 +65,7 @@ class State(NamedTuple):
     past: the cache, keys and values `[Z, B, S, K, H]`.
     slot: where in the cache the newest ids go, one for all rows.
     count: ids of a row so far, by which `key` is folded for the next draw.
+    temperature: of the draws, times that of the `Sampling` that programs are compiled for.
     """
 
     newest_B: jax.Array
@@ -76,6 +77,7 @@ class State(NamedTuple):
     slot: jax.Array
     count: jax.Array
     key: jax.Array
+    temperature: jax.Array
 
 
 class Generator:
@@ -159,7 +161,11 @@ class Generator:
         """
         if max_new_tokens < 1:
             raise MoextendError(f"max_new_tokens = {max_new_tokens} must be at least 1")
-        state = self._prefill(arrays, prompts, heads, jax.random.key(seed), room=max_new_tokens - 1, sampling=sampling)
+        temperature = np.float32(sampling.temperature or 1)
+        sampling = sampling._replace(temperature=float(sampling.temperature > 0))  # programs are for all temperatures
+        state = self._prefill(
+            arrays, prompts, heads, jax.random.key(seed), temperature, room=max_new_tokens - 1, sampling=sampling
+        )
         yield state.newest_B[:, None]
         left = max_new_tokens - 1
         while left > 0:
@@ -193,8 +199,11 @@ class Generator:
         return self._score(arrays, prompts, heads)
 
 
-def choose(logits_BV: jax.Array, key: jax.Array, sampling: Sampling, *, suppress: tuple[int, ...]) -> jax.Array:
-    """The next ids `[B]`. A row's id, greedy or drawn, does not depend on the other rows' logits."""
+def choose(
+    logits_BV: jax.Array, key: jax.Array, sampling: Sampling, *, suppress: tuple[int, ...], temperature: Any = 1.0
+) -> jax.Array:
+    """The next ids `[B]`. A row's id, greedy or drawn, does not depend on the other rows' logits. `temperature` is as
+    in `State`."""
     if sampling.temperature == 0.0:
         return likeliest(logits_BV, suppress=suppress)
     if suppress:
@@ -202,7 +211,7 @@ def choose(logits_BV: jax.Array, key: jax.Array, sampling: Sampling, *, suppress
     if sampling.top_k:
         least_B1 = jax.lax.top_k(logits_BV, min(sampling.top_k, logits_BV.shape[-1]))[0][:, -1:]
         logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
-    return jax.random.categorical(key, logits_BV / sampling.temperature, axis=-1)
+    return jax.random.categorical(key, logits_BV / (sampling.temperature * temperature), axis=-1)
 
 
 def likeliest(logits_BV: jax.Array, *, suppress: tuple[int, ...] = ()) -> jax.Array:
@@ -298,7 +307,7 @@ def _over_tokens(shares: Shares, length: int) -> Shares:
 
 
 def _prefill(
-    model: MoExtend, arrays: Arrays, prompts: Batch, heads: Heads | None, key: jax.Array, *,
+    model: MoExtend, arrays: Arrays, prompts: Batch, heads: Heads | None, key: jax.Array, temperature: Any = 1.0, *,
     room: int, sampling: Sampling, ends: tuple[int, ...], suppress: tuple[int, ...],
 ) -> State:  # fmt: skip
     loaded = with_arrays(model, arrays)
@@ -308,10 +317,14 @@ def _prefill(
     last_B1D = jnp.take_along_axis(hidden_BLD, last_B1[..., None], axis=1)
     position_B = jnp.take_along_axis(prompts.positions_BL, last_B1, axis=1)[:, 0] + 1
     logits_BV = loaded.decoder.logits(last_B1D)[:, 0]
-    newest_B = choose(logits_BV, jax.random.fold_in(key, 0), sampling, suppress=suppress)
+    first_key = jax.random.fold_in(key, 0)
+    newest_B = choose(logits_BV, first_key, sampling, suppress=suppress, temperature=temperature)
     newest_B = jnp.where(length_B > 0, newest_B, ends[0]).astype(jnp.int32)
     slot = jnp.int32(seen_BS.shape[1] - room)
-    return State(newest_B, _is_end(newest_B, ends), position_B, seen_BS, shares, past, slot, jnp.int32(1), key)
+    return State(
+        newest_B, _is_end(newest_B, ends), position_B, seen_BS, shares, past, slot, jnp.int32(1), key,
+        jnp.float32(temperature),
+    )  # fmt: skip
 
 
 def _advance(
@@ -328,11 +341,12 @@ def _advance(
     def one_token(carry):
         state, count, ids_BL = carry
         logits_BV, past, seen_BS = _decode(loaded, state)
-        newest_B = choose(logits_BV, jax.random.fold_in(state.key, state.count), sampling, suppress=suppress)
+        key = jax.random.fold_in(state.key, state.count)
+        newest_B = choose(logits_BV, key, sampling, suppress=suppress, temperature=state.temperature)
         newest_B = jnp.where(state.ended_B, ends[0], newest_B).astype(jnp.int32)
         state = State(
             newest_B, state.ended_B | _is_end(newest_B, ends), state.position_B + 1, seen_BS, state.shares, past,
-            state.slot + 1, state.count + 1, state.key,
+            state.slot + 1, state.count + 1, state.key, state.temperature,
         )  # fmt: skip
         return state, count + 1, ids_BL.at[:, count].set(newest_B)
 

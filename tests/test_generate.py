@@ -163,14 +163,19 @@ def test_suppressed_tokens_are_never_drawn_and_leave_room_for_others():
 
 
 def test_the_same_seed_draws_the_same_tokens_and_another_one_others():
-    def sampled(seed: int) -> list[list[int]]:
+    """Another temperature too, by the same programs: whoever serves a model lets everybody say one."""
+
+    def sampled(seed: int, temperature: float = 3.0) -> list[list[int]]:
         said = tiny.complete(
-            generator(), model()[1], prompts(), max_new_tokens=NEW, sampling=Sampling(temperature=3.0), seed=seed
+            generator(), model()[1], prompts(), max_new_tokens=NEW, sampling=Sampling(temperature), seed=seed
         )
         return said.tolist()
 
-    assert sampled(1) == sampled(1)
-    assert sampled(1) != sampled(2)
+    wanted = greedy().tolist()
+    drawn, counted = sampled(1), dict(generator().programs)
+    assert drawn == sampled(1) != sampled(2)
+    assert sampled(1, 1e-4) == wanted != drawn
+    assert dict(generator().programs) == counted
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.0, top_k=3)])
