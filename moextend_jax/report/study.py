@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from html import escape
 from operator import itemgetter
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from moextend_jax.report.canvas import MUTED, OURS, PLAIN, canvas
 from moextend_jax.report.markup import how, picture, section, text_table, write_page
@@ -33,6 +35,9 @@ AGAINST = {
     "parameters": Axis("trained parameters", lambda seed: seed["trained"], "log"),
 }
 """TABLE of the pictures."""
+
+CORNERS = ((5, 4), (-5, -10), (5, -10), (-5, 4))
+"""Where a dot's name stands, in points from the dot."""
 
 
 def write_study(record: Mapping[str, Any], workdir: Path) -> Path:
@@ -70,14 +75,24 @@ def write_study(record: Mapping[str, Any], workdir: Path) -> Path:
 
 def _panel(ax: Axes, points: Mapping[str, Seeds], axis: Axis, *, data: str) -> None:
     """A dot for every point at its means over seeds, with 95 % intervals; the first point has its own colour."""
-    for place, (name, seeds) in enumerate(points.items()):
-        across, accuracy = (estimate(list(map(of, seeds.values()))) for of in (axis.of, itemgetter("accuracy")))
+    means = {name: [estimate(list(map(of, seeds.values()))) for of in (itemgetter("accuracy"), axis.of)]
+             for name, seeds in points.items()}  # fmt: skip
+    # Neighbours have their names at different corners.
+    for corner, name in zip(itertools.cycle(CORNERS), sorted(points, key=lambda name: means[name][0])):
+        accuracy, across = means[name]
         ax.errorbar(
             across.mean, accuracy.mean, xerr=across.half, yerr=accuracy.half, fmt="o",
-            color=PLAIN if place else OURS, linewidth=1,
+            color=OURS if name == next(iter(points)) else PLAIN, linewidth=1,
         )  # fmt: skip
-        at = (across.mean, accuracy.mean)
-        ax.annotate(name, at, (5, 4), textcoords="offset points", color=MUTED, fontsize="small")
-    ax.set_xscale(axis.scale)
+        ax.annotate(
+            name, (across.mean, accuracy.mean), corner, textcoords="offset points", color=MUTED, fontsize="small",
+            horizontalalignment="left" if corner[0] > 0 else "right",
+        )  # fmt: skip
+    ax.margins(x=0.12)
+    if axis.scale == "log":
+        ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter(EngFormatter())
+        ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel(axis.label)
     ax.set_ylabel(f"accuracy on {data}")
