@@ -54,12 +54,12 @@ def open_manager(folder: Path, *, keep: int) -> Iterator[ocp.CheckpointManager]:
             if checkpoint.is_dir() and not (checkpoint / sums.NAME).exists():
                 sums.write_sums(checkpoint)
 
-    wait = ocp.multihost.get_barrier_sync_fn()
+    wait, handled = ocp.multihost.get_barrier_sync_fn(), sys.exc_info()[1]
 
     def together(*, key: str, timeout_ms: int) -> None:
         # Orbax comes here also where this process has failed to save. The others then wait elsewhere, for this process:
         # all of them for an hour.
-        if (failed := sys.exc_info()[1]) is not None:
+        if (failed := sys.exc_info()[1]) is not None and failed is not handled:
             raise failed
         wait(key=key, timeout_ms=timeout_ms)
 
