@@ -271,6 +271,7 @@ def test_every_signal_that_announces_the_end_is_taken(monkeypatch, capsys, numbe
     before = {number: signal.getsignal(number) for number in preemption.SIGNALS}
     monkeypatch.setattr(preemption._Notice, "given", False)
     monkeypatch.setattr(cli, "call", InTheCollector(number).wait)
+    signal.signal(number, signal.SIG_DFL)  # under nohup the tests ignore SIGHUP
     preemption.listen()
     try:
         with pytest.raises(SystemExit) as exit:

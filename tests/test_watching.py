@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import jax
@@ -19,9 +20,10 @@ from folders import assert_same
 from moextend_jax import chips
 from moextend_jax.config import MoextendError, with_extension
 from moextend_jax.models.flops import step_flops
+from moextend_jax.runs import results
 from moextend_jax.runs.data_of import held_out_source
 from moextend_jax.runs.run import Run
-from moextend_jax.settings import EvaluateSettings, StageSettings
+from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings
 from moextend_jax.train import meter
 from moextend_jax.train.loss import load
 from moextend_jax.train.meter import Meter, by_layer, model_flops
@@ -158,8 +160,12 @@ def test_rows_that_a_stage_trains_on_are_not_held_out():
     settings = tiny.run_settings()
     stage = StageSettings(data="own", split="train[:90%]", steps=1, batch_size=1, length=1)
     evaluate = EvaluateSettings(data="own", split="train[90%:]", questions=1)
-    run = cast(Run, type("R", (), {"settings": dataclasses.replace(settings, finetune=stage, evaluate=evaluate)}))
-    assert held_out_source(run, "image") is None  # whether two parts of a split overlap is not looked into
+
+    def run_of(settings: RunSettings) -> Run:
+        return cast(Run, SimpleNamespace(settings=settings, table=results.table(settings)))
+
+    own = dataclasses.replace(settings, finetune=stage, evaluate=evaluate)
+    assert held_out_source(run_of(own), "image") is None  # whether two parts of a split overlap is not looked into
     for data, asked in (
         ("a.json:0.7,own:0.3", "own"),
         ("own", "./own,b.json"),
@@ -167,7 +173,7 @@ def test_rows_that_a_stage_trains_on_are_not_held_out():
     ):
         both = dataclasses.replace(stage, data=data), dataclasses.replace(evaluate, data=asked)
         mixed = dataclasses.replace(settings, finetune=both[0], evaluate=both[1])
-        assert held_out_source(cast(Run, type("R", (), {"settings": mixed})), "image") is None
+        assert held_out_source(run_of(mixed), "image") is None
 
 
 # --- traces -----------------------------------------------------------------------------------------------------------
