@@ -44,9 +44,7 @@ class Place:
 
     def __post_init__(self):
         if (self.workdir is None) == (self.checkpoint is None):
-            raise MoextendError(
-                "asking needs --workdir: the folder of a run, or --checkpoint: the folder of a model; give one of the two"
-            )
+            raise MoextendError("asking needs --workdir: folder of a run, or --checkpoint: folder of a model; not both")
         if self.model is not None:  # of a later extension moextend:NAME, which the run knows
             OneOf(tuple(FIRST.models)).check(self.model.partition(":")[0], what="model")
         for name, names in {"recipe": RECIPES, "dtype": ("float32", "bfloat16")}.items():
