@@ -23,8 +23,6 @@ def _points(name: str, *, rank: int) -> tuple[str, ...]:
 STRICT = ("text_isolation=strict",)
 LORA_EQUAL = _points("lora", rank=24)
 MORAM = ("method.experts=none", "method.top_k=8")
-DYMOE = ("grow.column=mean", "method.guidance=0.2", "method.drift=0.01")
-BLOCKS = ("method.name=blocks", "method.blocks=1")
 EQUAL: dict[str, tuple[str, ...]] = {
     "lora_equal": LORA_EQUAL,
     "mole_equal": _points("mole", rank=11),
@@ -33,11 +31,11 @@ EQUAL: dict[str, tuple[str, ...]] = {
 }
 POINTS: dict[str, tuple[str, ...]] = {
     "moextend": (),
-    "dymoe": DYMOE,
+    "dymoe": ("grow.column=mean", "method.guidance=0.2", "method.drift=0.01"),
     "lora": _points("lora", rank=8),
     "mole": _points("mole", rank=8),
     "moram": (*_points("moram", rank=8), *MORAM),
-    "blocks": BLOCKS,
+    "blocks": ("method.name=blocks", "method.blocks=1"),
     **EQUAL,
     "qlora_equal": (*LORA_EQUAL, "expert_storage=int4"),
 }

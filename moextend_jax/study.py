@@ -123,13 +123,13 @@ def run_study(settings: RunSettings, workdir: Path, *, run: MakeRun) -> dict[str
         )
     figures: dict[str, dict[int, dict[str, float]]] = {name: {} for name in points}
     started = time.perf_counter()
-    for done, (seed, (name, own)) in enumerate(itertools.product(seeds, points.items()), start=1):
-        place = f"{done} of {len(seeds) * len(points)}: {name}, seed {seed}"
-        summary = _summary(dataclasses.replace(own, seed=seed), name, workdir, place=place, points=points, run=run)
-        rows = {figure: row for figure, row in FIGURES.items() if not row.chain or "chains" in summary}
-        figures[name][seed] = {figure: float(row.of(summary)) for figure, row in rows.items()}
-        if done % len(points):
-            continue  # of this seed there are more
+    numbers = itertools.count(1)
+    for seed in seeds:
+        for name, own in points.items():
+            place = f"{next(numbers)} of {len(seeds) * len(points)}: {name}, seed {seed}"
+            summary = _summary(dataclasses.replace(own, seed=seed), name, workdir, place=place, points=points, run=run)
+            rows = {figure: row for figure, row in FIGURES.items() if not row.chain or "chains" in summary}
+            figures[name][seed] = {figure: float(row.of(summary)) for figure, row in rows.items()}
         record = {
             "data": summary["data"],
             "points": {name: {"settings": list(words[name]), "seeds": of} for name, of in figures.items()},

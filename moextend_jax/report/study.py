@@ -78,7 +78,7 @@ def _panel(ax: Axes, points: Mapping[str, Seeds], axis: Axis, *, data: str) -> N
     means = {name: [estimate(list(map(of, seeds.values()))) for of in (itemgetter("accuracy"), axis.of)]
              for name, seeds in points.items()}  # fmt: skip
     # Neighbours have their names at different corners.
-    for corner, name in zip(itertools.cycle(CORNERS), sorted(points, key=lambda name: means[name][0])):
+    for corner, name in zip(itertools.cycle(CORNERS), sorted(points, key=lambda name: means[name][0].mean)):
         accuracy, across = means[name]
         ax.errorbar(
             across.mean, accuracy.mean, xerr=across.half, yerr=accuracy.half, fmt="o",
