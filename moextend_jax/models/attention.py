@@ -39,6 +39,22 @@ class Rotation(NamedTuple):
     sin_BLh: jax.Array
 
 
+class HeadNorm(NamedTuple):
+    """RMSNorm of queries and keys: the axes of their scales; whole: over all heads of a position together."""
+
+    query: str
+    key: str
+    whole: bool = False
+
+
+QK_NORMS: dict[str, HeadNorm | None] = {
+    "none": None,
+    "head": HeadNorm("H", "H"),
+    "whole": HeadNorm("NH", "KH", whole=True),
+}
+"""TABLE of norms, by `DecoderConfig.qk_norm`."""
+
+
 class Visible(NamedTuple):
     """What each position sees: `segments_BL` of whole rows (see `segment_mask`), or a mask over the past and these
     positions after it. Splash attention reads segments, so on TPU rows of SPLASH_BLOCK or more have no mask."""
@@ -64,11 +80,11 @@ class Attention(nnx.Module):
         biases = {"query_bias": "NH", "key_bias": "KH", "value_bias": "KH"}
         for name, axes in biases.items():
             setattr(self, name, constant(stack + axes, sizes, dtype=dtype, value=0.0) if config.qkv_bias else None)
-        of_query, of_key = {"none": ("", ""), "head": ("H", "H"), "whole": ("NH", "KH")}[config.qk_norm]
         self.out_bias = constant(stack + "D", sizes, dtype=dtype, value=0.0) if config.out_bias else None
         self.sinks = constant(stack + "N", sizes, dtype=dtype, value=0.0) if config.sinks else None
-        self.query_norm = constant(stack + of_query, sizes, dtype=dtype, value=1.0) if of_query else None
-        self.key_norm = constant(stack + of_key, sizes, dtype=dtype, value=1.0) if of_key else None
+        norm = QK_NORMS[config.qk_norm]
+        self.query_norm = constant(stack + norm.query, sizes, dtype=dtype, value=1.0) if norm else None
+        self.key_norm = constant(stack + norm.key, sizes, dtype=dtype, value=1.0) if norm else None
 
     def __call__(
         self, x_BLD: jax.Array, rotation: Rotation, visible: Visible, past: KeysValues | None = None, *,
@@ -90,16 +106,16 @@ class Attention(nnx.Module):
         rows = Shards("B", (x_split.over("B"),))
         lows = [module_shards(of.module.attention) for of in adapted]
         scales, tokens = [of.scale_BL1(x_BLD) for of in adapted], Shards("BL", x_split.split[:2])
+        norm = QK_NORMS[self.config.qk_norm]
 
         def made(name, product, x_BSD, w, more_BSNH):
             """Queries, keys or values: with the update, the bias, the norm and the bound that the family has."""
             made_BSNH = sum(more_BSNH, start=jnp.einsum(product, x_BSD, w[name]))
             if (bias := w.get(f"{name}_bias")) is not None:
                 made_BSNH += jnp.broadcast_to(bias, made_BSNH.shape)
-            if (scale := w.get(f"{name}_norm")) is not None:
-                whole = self.config.qk_norm == "whole"
-                over = heads if whole else ()
-                made_BSNH = norm_of_heads(made_BSNH, scale, eps=self.config.norm_eps, whole=whole, over=over)
+            if norm is not None and (scale := w.get(f"{name}_norm")) is not None:
+                over = heads if norm.whole else ()
+                made_BSNH = norm_of_heads(made_BSNH, scale, eps=self.config.norm_eps, whole=norm.whole, over=over)
             most = self.config.clip_qkv
             return made_BSNH if most is None else jnp.clip(made_BSNH, -most, most)
 
