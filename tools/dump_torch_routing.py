@@ -142,7 +142,8 @@ def run(model, inputs: dict) -> dict:
     hooks = []
     for name, router in routers(model).items():
         block = model.get_submodule(name.rpartition(".")[0])
-        hooks.append(router.register_forward_hook(lambda router, _, out: seen["router"].append(_sorted(*out))))
+        hooks.append(router.register_forward_hook(
+            lambda router, args, out: seen["router"].append(_sorted(router, args[0], *out))))  # fmt: skip
         hooks.append(router.register_forward_hook(
             lambda router, *_: seen["calibrated"].append(getattr(router, "calibrated", None))))  # fmt: skip
         hooks.append(block.register_forward_hook(
@@ -154,9 +155,12 @@ def run(model, inputs: dict) -> dict:
     return seen | {"logits": out.logits, "hidden": out.hidden_states or ()}
 
 
-def _sorted(logits, weights, picks):
-    """Picks most likely first, which some families leave unsorted."""
+def _sorted(router, hidden, logits, weights, picks):
+    """Picks most likely first, which some families leave unsorted; and logits also of the routers that give their
+    softmax instead, as most do before transformers 5.6."""
     logits = logits.reshape(-1, logits.shape[-1]).float()
+    if (logits >= 0).all() and torch.allclose(logits.sum(-1), torch.ones(len(logits))):
+        logits = F.linear(hidden.reshape(len(logits), -1), router.weight).float()
     order = logits.gather(-1, picks).sort(dim=-1, descending=True, stable=True).indices
     return logits, weights.gather(-1, order), picks.gather(-1, order)
 
