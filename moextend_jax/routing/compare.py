@@ -20,6 +20,7 @@ from moextend_jax.routing.stats import KINDS, Kind, Stats, counts_of, load_of
 class LayerDistance(NamedTuple):
     """One layer, one kind of token. tv: total variation, half the sum of absolute differences. kl: from A to B, nats.
 
+    Where new experts took all picks of the layer, tv_picks and shift are NaN, and there is no source.
     agreement: share of tokens with the same set of picks, ties left out; None where it cannot be said.
     tied: tokens whose last pick was decided by less than the tie threshold, in A or in B.
     """
@@ -36,9 +37,9 @@ class LayerDistance(NamedTuple):
     """d_j of the picks: sample standard deviation over experts of the difference of their shares."""
     shift_least: float
     """d_j of the k least likely, which the released code counts."""
-    source_a: int
+    source_a: int | None
     """The most picked expert, which a new one would be copied from."""
-    source_b: int
+    source_b: int | None
 
 
 class Choice(NamedTuple):
@@ -136,21 +137,24 @@ def distances(a: Stats, b: Stats, *, tie: float) -> list[LayerDistance]:
         least = [_counts(stats.least_ZO, kind) for stats in (a, b)]
         for z, own in enumerate(a.has_ZO):
             agreement, tied = _agreement(a, b, z, kind, tie=tie)
-            smoothed = [counts_ZO[z, own] + 0.5 for counts_ZO in picks]
+            a_O, b_O = (counts_ZO[z, own] for counts_ZO in picks)
+            with np.errstate(invalid="ignore"):
+                tv_picks, shift = _tv(routing.shares(a_O), routing.shares(b_O)), routing.shift(a_O, b_O)
+                shift_least = routing.shift(*(counts_ZO[z, own] for counts_ZO in least))
             rows.append(
                 LayerDistance(
                     layer=a.layers[z],
                     kind=kind,
                     agreement=agreement,
                     tied=tied,
-                    tv_picks=_tv(*(load.share_ZO[z, own] for load in loads)),
-                    kl_picks=_kl(*(counts_O / counts_O.sum() for counts_O in smoothed)),
+                    tv_picks=tv_picks,
+                    kl_picks=_kl(routing.shares(a_O + 0.5), routing.shares(b_O + 0.5)),
                     tv_probs=_tv(*(load.probs_ZO[z, own] for load in loads)),
                     kl_probs=_kl(*(load.probs_ZO[z, own] for load in loads)),
-                    shift=float(routing.shift(*(counts_ZO[z, own] for counts_ZO in picks))),
-                    shift_least=float(routing.shift(*(counts_ZO[z, own] for counts_ZO in least))),
-                    source_a=int(picks[0][z].argmax()),
-                    source_b=int(picks[1][z].argmax()),
+                    shift=float(shift),
+                    shift_least=float(shift_least),
+                    source_a=_most_picked(picks[0][z]),
+                    source_b=_most_picked(picks[1][z]),
                 )
             )
     return rows
@@ -197,6 +201,10 @@ def _agreement(
 
 def _counts(by_kind: dict[str, np.ndarray], kind: str) -> np.ndarray:
     return np.sum([by_kind[k] for k in KINDS if kind in (k, "all")], axis=0)
+
+
+def _most_picked(counts_O: np.ndarray) -> int | None:
+    return int(counts_O.argmax()) if counts_O.any() else None
 
 
 def _tv(p_O: np.ndarray, q_O: np.ndarray) -> float:
