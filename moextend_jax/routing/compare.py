@@ -8,7 +8,8 @@ added per expert, so that an expert that one side never picked does not make a d
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -129,8 +130,7 @@ def _new(stats: Stats, first: int) -> list[list[int]]:
 def distances(a: Stats, b: Stats, *, tie: float) -> list[LayerDistance]:
     rows = []
     for kind in (*KINDS, "all"):
-        tokens = [sum(stats.tokens[k] for k in KINDS if kind in (k, "all")) for stats in (a, b)]
-        if not all(tokens):
+        if not all(_counts(stats.tokens, kind) for stats in (a, b)):
             continue
         loads = [load_of(stats, kind) for stats in (a, b)]
         picks = [_counts(stats.picks_ZO, kind) for stats in (a, b)]
@@ -193,13 +193,13 @@ def _agreement(
         return None, None
     image_T = a.per_token.image_T
     of_T = np.ones_like(image_T) if kind == "all" else image_T == (kind == "image")
-    tied_T = (a.per_token.gaps_ZT[layer] < tie) | (b.per_token.gaps_ZT[layer] < tie)
-    sets = [np.sort(stats.per_token.ids_ZTk[layer], axis=-1) for stats in (a, b) if stats.per_token is not None]
+    tied_T = np.minimum(a.per_token.gaps_ZT[layer], b.per_token.gaps_ZT[layer]) < tie
+    sets = [np.sort(of.ids_ZTk[layer], axis=-1) for of in (a.per_token, b.per_token)]
     same_T = (sets[0] == sets[1]).all(axis=-1)[of_T & ~tied_T]
     return (float(same_T.mean()) if same_T.size else None), int((of_T & tied_T).sum())
 
 
-def _counts(by_kind: dict[str, np.ndarray], kind: str) -> np.ndarray:
+def _counts(by_kind: Mapping[str, Any], kind: str) -> Any:
     return np.sum([by_kind[k] for k in KINDS if kind in (k, "all")], axis=0)
 
 

@@ -159,7 +159,7 @@ def read_stats(path: Path) -> Stats:
     outputs_Z = whole_numbers(arrays["outputs"], what=f"{path}: outputs")
     if outputs_Z.ndim != 1 or not outputs_Z.size or outputs_Z.min() < 1:
         raise MoextendError(f"{path}: outputs must be one positive number per layer")
-    layers, most = len(outputs_Z), max(outputs_Z.max(), *arrays["picks/text"].shape[-1:], 0)
+    layers, most = len(outputs_Z), max(0, int(outputs_Z.max()), *arrays["picks/text"].shape[-1:])
     numbers_Z = whole_numbers(arrays.get("layers", np.arange(layers)), what=f"{path}: layers")
     if numbers_Z.shape != (layers,):
         raise MoextendError(f"{path}: layers must be one number per layer, as outputs is")
