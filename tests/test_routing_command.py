@@ -553,6 +553,12 @@ def test_a_file_of_ids_without_rows_has_no_batches(tmp_path: Path):
     assert not list(command._id_batches(tmp_path / "ids.npz", tiny.PLAIN, pad=lambda: 3, batch_size=2))
 
 
+def test_ids_do_not_replace_the_statistics(tmp_path: Path):
+    with pytest.raises(MoextendError, match="--out and --ids_out are one file"):
+        run("collect", "--checkpoint", tmp_path, "--text", "a.txt", "--out", tmp_path / "a.npz", "--ids_out",
+            tmp_path / ".." / tmp_path.name / "a.npz")  # fmt: skip
+
+
 def test_pictures_are_not_left_out_in_silence_by_a_model_that_sees_none(tmp_path: Path):
     np.savez(tmp_path / "ids.npz", input_ids=np.full((1, 9), 3), pixel_values=np.zeros((1, 3, 8, 8), "f4"))
     with pytest.raises(MoextendError, match=r"ids\.npz holds pixel_values, but the model sees no pictures"):

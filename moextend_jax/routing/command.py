@@ -84,6 +84,8 @@ def collect_command(options: CollectOptions) -> None:
         raise MoextendError("--samples draws rows of --data or --text; all of --ids are counted")
     for path in filter(None, (options.ids, options.ids_out, options.out)):  # now, not when all has been counted
         local(path, what="an npz file")
+    if options.ids_out and options.ids_out.resolve() == options.out.resolve():
+        raise MoextendError(f"--out and --ids_out are one file, {options.out}: the ids would replace the statistics")
     opened = _open(options)
     shards = row_shards(opened.mesh)
     batch_size = -(-options.batch_size // shards) * shards  # empty rows count for nothing
