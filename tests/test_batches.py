@@ -269,6 +269,11 @@ def test_text_rows():
     assert (batch.places_BL == -1).all() and not batch.features
 
 
+def test_a_row_of_text_is_not_shorter_than_a_label_and_what_it_follows():
+    with pytest.raises(MoextendError, match="length = 1: a row of text takes at least 2 tokens"):
+        text_batches(["A badger."], tokenizer=TOKENIZER, length=1, batch_size=2)
+
+
 def test_text_rows_of_a_model_without_bos(tmp_path):
     """Each token but a passage's first is learnt once: a piece goes on from the last token of the one before."""
     tokenizer = load_tokenizer(tiny_tokens.write_byte_level(tmp_path))

@@ -113,9 +113,14 @@ import json, runpy, sys
 from pathlib import Path
 import numpy as np, torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.olmoe.modeling_olmoe import OlmoeTopKRouter
 tool, root, families = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
 file = np.load(root / "ids.npz")
 inputs = {name: torch.tensor(file[name]) for name in ("input_ids", "attention_mask")}
+def dump(folder, file):
+    sys.argv = [tool, str(root / folder), "--ids", str(root / "ids.npz"), "--out", str(root / file),
+                "--batch_size", "2"]
+    runpy.run_path(tool, run_name="__main__")
 for name, sizes in families.items():
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **sizes), attn_implementation="eager").float()
@@ -126,9 +131,17 @@ for name, sizes in families.items():
         if name != "deepseek_v3":
             own = model.eval()(**inputs, output_router_logits=True).router_logits
             np.save(root / f"{name}.npy", torch.stack(own).reshape(len(own), -1, own[0].shape[-1]).numpy())
-    sys.argv = [tool, str(root / name), "--ids", str(root / "ids.npz"), "--out", str(root / f"{name}.npz"),
-                "--batch_size", "2"]
-    runpy.run_path(tool, run_name="__main__")
+    dump(name, f"{name}.npz")
+def probabilities(router, hidden):
+    logits, *others = forward(router, hidden)
+    return logits.softmax(-1), *others
+forward, OlmoeTopKRouter.forward = OlmoeTopKRouter.forward, probabilities
+dump("olmoe", "olmoe 5.5.npz")
+OlmoeTopKRouter.forward = lambda router, hidden: forward(router, hidden)[0]
+try:
+    dump("olmoe", "none.npz")
+except SystemExit as error:
+    (root / "message").write_text(str(error))
 """
 
 
@@ -164,6 +177,20 @@ def test_any_mixture_whose_routers_transformers_calls_so_is_dumped(families: Pat
     probs_ZTO = np.exp(own_ZTO) / np.exp(own_ZTO).sum(-1, keepdims=True)
     np.testing.assert_allclose(stats.probs_ZO["text"], probs_ZTO.mean(1), atol=1e-6)
     np.testing.assert_allclose(stats.entropy_Z["text"], -(probs_ZTO * np.log(probs_ZTO)).sum(-1).mean(1), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_routers_that_give_probabilities_for_logits_are_dumped_alike(families: Path):
+    """As those of Mixtral, OLMoE, Qwen and others do before transformers 5.6."""
+    now, before = (read_npz(families / f"{name}.npz") for name in ("olmoe", "olmoe 5.5"))
+    for name, array in now.items():
+        np.testing.assert_array_equal(before[name], array, err_msg=name)
+
+
+@pytest.mark.slow
+def test_a_router_of_an_older_transformers_that_gives_no_picks_is_named(families: Path):
+    """As those of DeepSeek-V3 and GLM-4.5 were."""
+    assert "OlmoeTopKRouter of transformers 5." in (families / "message").read_text()
 
 
 PUBLISHED = ("deepseek_v3", "ernie4_5_moe", "glm4_moe", "gpt_oss", "granitemoe", "olmoe", "qwen2_moe", "qwen3_moe",

@@ -188,6 +188,11 @@ def test_the_file_holds_everything_and_mistakes_in_it_are_named(pair, tmp_path: 
         ({"gaps": None}, "holds ids but lacks gaps"),
         ({"ids": arrays["ids"][:, 1:]}, "ids has shape"),
         ({"has": ~arrays["has"]}, "outputs and has must say which of 4 experts"),
+        ({"experts": np.int64(5)}, "outputs and has must say which of 4 experts"),
+        ({"picks/text": np.int64(3)}, r"picks/text has shape \(\)"),
+        ({"ids": arrays["ids"] - 1}, "ids must be of experts 0 to 3"),
+        ({"ids": arrays["ids"] + 1}, "ids must be of experts 0 to 3"),
+        ({"image": ~arrays["image"]}, r"image must be true for \d+ tokens"),
     ):
         changed: dict[str, Any] = {name: array for name, array in (arrays | change).items() if array is not None}
         np.savez(path, **changed)
@@ -275,6 +280,30 @@ def test_distances_are_zero_to_itself_and_right_to_another(pair):
         assert row.kl_picks > 0 and row.kl_probs > 0
     expected = routing.select(*(statistics.counts_of(s, "top_k") for s in pair), share=0.5, recipe=RECIPES["paper"])
     np.testing.assert_allclose([row.shift for row in rows], expected.shift_Z, rtol=1e-12)
+
+
+def test_where_new_experts_took_all_picks_nothing_is_made_up(pair, grown, tmp_path: Path, capsys):
+    picks_ZO = {kind: of.copy() for kind, of in grown.picks_ZO.items()}
+    for of_ZO in picks_ZO.values():
+        of_ZO[2] = [0, 0, 0, 0, of_ZO[2].sum()]
+    statistics.write_stats(tmp_path / "before.npz", pair[0])
+    statistics.write_stats(tmp_path / "after.npz", grown._replace(picks_ZO=picks_ZO))
+    assert run("compare", tmp_path / "before.npz", tmp_path / "after.npz", "--json") == 0
+    for row in json.loads(capsys.readouterr().out)["layers"]:
+        told = [row[name] is not None for name in ("tv_picks", "shift", "source_b")]
+        assert told == [row["layer"] != 2] * 3 and row["source_a"] is not None
+
+
+def test_all_tokens_have_a_row_unless_they_are_of_one_kind(pair, tmp_path: Path, capsys):
+    a = pair[0]
+    none = {kind: {"text": sum(of.values()), "image": 0 * of["image"]}
+            for kind, of in (("tokens", a.tokens), ("picks_ZO", a.picks_ZO), ("least_ZO", a.least_ZO))}  # fmt: skip
+    alone = a._replace(**none, per_token=None)
+    for name, stats in (("a", a), ("text", alone)):
+        statistics.write_stats(tmp_path / f"{name}.npz", stats)
+    for first, shown in (("a", True), ("text", False)):
+        assert run("compare", tmp_path / f"{first}.npz", tmp_path / "text.npz") == 0
+        assert (" all " in capsys.readouterr().out.split("d_j standard")[0]) == shown
 
 
 def test_ties_are_left_out_of_the_agreement(pair):
@@ -522,6 +551,18 @@ def test_a_file_of_ids_without_rows_has_no_batches(tmp_path: Path):
     size = tiny.VISION.image_size
     np.savez(tmp_path / "ids.npz", input_ids=np.zeros((0, 9), int), pixel_values=np.zeros((0, 3, size, size), "f4"))
     assert not list(command._id_batches(tmp_path / "ids.npz", tiny.PLAIN, pad=lambda: 3, batch_size=2))
+
+
+def test_ids_do_not_replace_the_statistics(tmp_path: Path):
+    with pytest.raises(MoextendError, match="--out and --ids_out are one file"):
+        run("collect", "--checkpoint", tmp_path, "--text", "a.txt", "--out", tmp_path / "a.npz", "--ids_out",
+            tmp_path / ".." / tmp_path.name / "a.npz")  # fmt: skip
+
+
+def test_pictures_are_not_left_out_in_silence_by_a_model_that_sees_none(tmp_path: Path):
+    np.savez(tmp_path / "ids.npz", input_ids=np.full((1, 9), 3), pixel_values=np.zeros((1, 3, 8, 8), "f4"))
+    with pytest.raises(MoextendError, match=r"ids\.npz holds pixel_values, but the model sees no pictures"):
+        next(command._id_batches(tmp_path / "ids.npz", TEXT, pad=lambda: 3, batch_size=2))
 
 
 @pytest.mark.slow

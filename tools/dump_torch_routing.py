@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from safetensors import safe_open
 from transformers import (
     AutoConfig,
@@ -142,7 +143,8 @@ def run(model, inputs: dict) -> dict:
     hooks = []
     for name, router in routers(model).items():
         block = model.get_submodule(name.rpartition(".")[0])
-        hooks.append(router.register_forward_hook(lambda router, _, out: seen["router"].append(_sorted(*out))))
+        hooks.append(router.register_forward_hook(
+            lambda router, args, out: seen["router"].append(_sorted(router, args[0], out))))  # fmt: skip
         hooks.append(router.register_forward_hook(
             lambda router, *_: seen["calibrated"].append(getattr(router, "calibrated", None))))  # fmt: skip
         hooks.append(block.register_forward_hook(
@@ -154,9 +156,16 @@ def run(model, inputs: dict) -> dict:
     return seen | {"logits": out.logits, "hidden": out.hidden_states or ()}
 
 
-def _sorted(logits, weights, picks):
-    """Picks most likely first, which some families leave unsorted."""
+def _sorted(router, hidden, out):
+    """Picks most likely first, which some families leave unsorted; and logits also of the routers that give their
+    softmax instead, as most do before transformers 5.6."""
+    if not isinstance(out, tuple) or len(out) != 3 or out[2].is_floating_point():  # other orders, or logits alone
+        raise SystemExit(f"{type(router).__name__} of transformers {transformers.__version__} does not give (logits, "
+                         "weights, picks); in a newer transformers it does")  # fmt: skip
+    logits, weights, picks = out
     logits = logits.reshape(-1, logits.shape[-1]).float()
+    if (logits >= 0).all() and torch.allclose(logits.sum(-1), torch.ones(len(logits))):
+        logits = F.linear(hidden.reshape(len(logits), -1), router.weight).float()
     order = logits.gather(-1, picks).sort(dim=-1, descending=True, stable=True).indices
     return logits, weights.gather(-1, order), picks.gather(-1, order)
 

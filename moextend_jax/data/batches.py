@@ -156,6 +156,8 @@ def text_batches(
     without BOS a passage's first token has no label, and a piece starts with the last token of the one before.
     `conversations_per_row` passages at most share a row, 0 as many as fit.
     """
+    if length < SHORTEST:
+        raise MoextendError(f"length = {length}: a row of text takes at least {SHORTEST} tokens")
     pieces = []
     for passage in passages:
         ids = [*tokenizer.encode(passage), tokenizer.eos]

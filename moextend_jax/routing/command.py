@@ -84,6 +84,8 @@ def collect_command(options: CollectOptions) -> None:
         raise MoextendError("--samples draws rows of --data or --text; all of --ids are counted")
     for path in filter(None, (options.ids, options.ids_out, options.out)):  # now, not when all has been counted
         local(path, what="an npz file")
+    if options.ids_out and options.ids_out.resolve() == options.out.resolve():
+        raise MoextendError(f"--out and --ids_out are one file, {options.out}: the ids would replace the statistics")
     opened = _open(options)
     shards = row_shards(opened.mesh)
     batch_size = -(-options.batch_size // shards) * shards  # empty rows count for nothing
@@ -211,8 +213,10 @@ def _pictures(
 ) -> tuple[np.ndarray, np.ndarray | None]:  # fmt: skip
     """Which patch each token is, and the pictures of each row, from `pixel_values` [images, 3, height, width]."""
     places_BL = np.full_like(ids_BL, -1)
-    if "pixel_values" not in arrays or config.vision is None:
+    if "pixel_values" not in arrays:
         return places_BL, None
+    if config.vision is None:
+        raise MoextendError(f"{path} holds pixel_values, but the model sees no pictures")
     pixels, size, each = arrays["pixel_values"], config.vision.image_size, config.media[IMAGE].tokens
     pads_BL = (ids_BL == pad()) & (mask_BL > 0)
     counts_B, rest_B = np.divmod(pads_BL.sum(axis=1), each)
@@ -309,6 +313,8 @@ def compare_command(options: CompareOptions) -> None:
         print(json.dumps(record, indent=1, allow_nan=False))
         return
     shared = f", the {a.columns} experts that both have" if new else ""
+    if sum(any(stats.tokens[kind] for stats in (a, b)) for kind in KINDS) == 1:  # "all" has the same numbers again
+        rows = [row for row in rows if row.kind != "all"]
     _print_distances(rows, title=f"{options.a} and {options.b}{shared}", why=why)
     if new:
         _print_taken(new, title=f"new experts of {options.b}")
@@ -328,16 +334,14 @@ def _print_distances(rows: list[LayerDistance], *, title: str, why: str | None) 
              "d_j least", "source a", "source b"]  # fmt: skip
     caption = "TV total variation, KL in nats; d_j standard deviation over experts"
     table = table_of(names, left=0, title=title, caption=caption)
-    kinds = {row.kind for row in rows}
     for row in rows:
-        if row.kind == "all" and len(kinds) == 2:  # the same numbers again
-            continue
         agreement = "" if row.agreement is None else f"{100 * row.agreement:.4g} %"
         tied = "" if row.tied is None else f"{row.tied}"
         numbers = (row.tv_picks, row.kl_picks, row.tv_probs, row.kl_probs, row.shift, row.shift_least)
         colour = "" if row.source_a == row.source_b else "[yellow]"
+        sources = (f"{colour}{'none' if source is None else source}" for source in (row.source_a, row.source_b))
         table.add_row(f"{row.layer}", row.kind, agreement, tied, *(f"{number:.2e}" for number in numbers),
-                      f"{colour}{row.source_a}", f"{colour}{row.source_b}")  # fmt: skip
+                      *sources)  # fmt: skip
     console().print(table)
     if why:
         console().print(f"no top-k agreement per token: {why}", highlight=False)

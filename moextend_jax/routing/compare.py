@@ -8,7 +8,8 @@ added per expert, so that an expert that one side never picked does not make a d
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from moextend_jax.routing.stats import KINDS, Kind, Stats, counts_of, load_of
 class LayerDistance(NamedTuple):
     """One layer, one kind of token. tv: total variation, half the sum of absolute differences. kl: from A to B, nats.
 
+    Where new experts took all picks of the layer, tv_picks and shift are NaN, and there is no source.
     agreement: share of tokens with the same set of picks, ties left out; None where it cannot be said.
     tied: tokens whose last pick was decided by less than the tie threshold, in A or in B.
     """
@@ -36,9 +38,9 @@ class LayerDistance(NamedTuple):
     """d_j of the picks: sample standard deviation over experts of the difference of their shares."""
     shift_least: float
     """d_j of the k least likely, which the released code counts."""
-    source_a: int
+    source_a: int | None
     """The most picked expert, which a new one would be copied from."""
-    source_b: int
+    source_b: int | None
 
 
 class Choice(NamedTuple):
@@ -128,29 +130,31 @@ def _new(stats: Stats, first: int) -> list[list[int]]:
 def distances(a: Stats, b: Stats, *, tie: float) -> list[LayerDistance]:
     rows = []
     for kind in (*KINDS, "all"):
-        tokens = [sum(stats.tokens[k] for k in KINDS if kind in (k, "all")) for stats in (a, b)]
-        if not all(tokens):
+        if not all(_counts(stats.tokens, kind) for stats in (a, b)):
             continue
         loads = [load_of(stats, kind) for stats in (a, b)]
         picks = [_counts(stats.picks_ZO, kind) for stats in (a, b)]
         least = [_counts(stats.least_ZO, kind) for stats in (a, b)]
         for z, own in enumerate(a.has_ZO):
             agreement, tied = _agreement(a, b, z, kind, tie=tie)
-            smoothed = [counts_ZO[z, own] + 0.5 for counts_ZO in picks]
+            a_O, b_O = (counts_ZO[z, own] for counts_ZO in picks)
+            with np.errstate(invalid="ignore"):
+                tv_picks, shift = _tv(routing.shares(a_O), routing.shares(b_O)), routing.shift(a_O, b_O)
+                shift_least = routing.shift(*(counts_ZO[z, own] for counts_ZO in least))
             rows.append(
                 LayerDistance(
                     layer=a.layers[z],
                     kind=kind,
                     agreement=agreement,
                     tied=tied,
-                    tv_picks=_tv(*(load.share_ZO[z, own] for load in loads)),
-                    kl_picks=_kl(*(counts_O / counts_O.sum() for counts_O in smoothed)),
+                    tv_picks=tv_picks,
+                    kl_picks=_kl(routing.shares(a_O + 0.5), routing.shares(b_O + 0.5)),
                     tv_probs=_tv(*(load.probs_ZO[z, own] for load in loads)),
                     kl_probs=_kl(*(load.probs_ZO[z, own] for load in loads)),
-                    shift=float(routing.shift(*(counts_ZO[z, own] for counts_ZO in picks))),
-                    shift_least=float(routing.shift(*(counts_ZO[z, own] for counts_ZO in least))),
-                    source_a=int(picks[0][z].argmax()),
-                    source_b=int(picks[1][z].argmax()),
+                    shift=float(shift),
+                    shift_least=float(shift_least),
+                    source_a=_most_picked(picks[0][z]),
+                    source_b=_most_picked(picks[1][z]),
                 )
             )
     return rows
@@ -189,14 +193,18 @@ def _agreement(
         return None, None
     image_T = a.per_token.image_T
     of_T = np.ones_like(image_T) if kind == "all" else image_T == (kind == "image")
-    tied_T = (a.per_token.gaps_ZT[layer] < tie) | (b.per_token.gaps_ZT[layer] < tie)
-    sets = [np.sort(stats.per_token.ids_ZTk[layer], axis=-1) for stats in (a, b) if stats.per_token is not None]
+    tied_T = np.minimum(a.per_token.gaps_ZT[layer], b.per_token.gaps_ZT[layer]) < tie
+    sets = [np.sort(of.ids_ZTk[layer], axis=-1) for of in (a.per_token, b.per_token)]
     same_T = (sets[0] == sets[1]).all(axis=-1)[of_T & ~tied_T]
     return (float(same_T.mean()) if same_T.size else None), int((of_T & tied_T).sum())
 
 
-def _counts(by_kind: dict[str, np.ndarray], kind: str) -> np.ndarray:
+def _counts(by_kind: Mapping[str, Any], kind: str) -> Any:
     return np.sum([by_kind[k] for k in KINDS if kind in (k, "all")], axis=0)
+
+
+def _most_picked(counts_O: np.ndarray) -> int | None:
+    return int(counts_O.argmax()) if counts_O.any() else None
 
 
 def _tv(p_O: np.ndarray, q_O: np.ndarray) -> float:

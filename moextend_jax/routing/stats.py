@@ -159,7 +159,7 @@ def read_stats(path: Path) -> Stats:
     outputs_Z = whole_numbers(arrays["outputs"], what=f"{path}: outputs")
     if outputs_Z.ndim != 1 or not outputs_Z.size or outputs_Z.min() < 1:
         raise MoextendError(f"{path}: outputs must be one positive number per layer")
-    layers, most = len(outputs_Z), max(int(outputs_Z.max()), *arrays["picks/text"].shape[-1:])
+    layers, most = len(outputs_Z), max(0, int(outputs_Z.max()), *arrays["picks/text"].shape[-1:])
     numbers_Z = whole_numbers(arrays.get("layers", np.arange(layers)), what=f"{path}: layers")
     if numbers_Z.shape != (layers,):
         raise MoextendError(f"{path}: layers must be one number per layer, as outputs is")
@@ -181,7 +181,7 @@ def read_stats(path: Path) -> Stats:
     experts, probs_ZO = int(arrays["experts"]), np.sum([*kinds["probs"].values()], axis=0)
     has_ZO = arrays.get("has", _had(outputs_Z, probs_ZO, experts=experts))
     fits = has_ZO.dtype == bool and has_ZO.shape == (layers, most) and (has_ZO.sum(axis=1) == outputs_Z).all()
-    if not fits or not has_ZO[:, :experts].all() or not has_ZO[:, -1].any():
+    if not fits or experts > most or not has_ZO[:, :experts].all() or not has_ZO[:, -1].any():
         raise MoextendError(
             f"{path}: outputs and has must say which of {most} experts each layer has, the first {experts} among them"
         )
@@ -196,7 +196,7 @@ def read_stats(path: Path) -> Stats:
         probs_ZO=kinds["probs"],
         entropy_Z=kinds["entropy"],
         inputs=str(arrays["inputs"]),
-        per_token=_per_token(path, arrays, layers, top_k),
+        per_token=_per_token(path, arrays, layers, top_k, experts=most),
         layers_Z=numbers_Z,
     )
 
@@ -215,7 +215,7 @@ def _check_finite(array: np.ndarray, *, what: str) -> None:
         raise MoextendError(f"{what} is NaN or infinite in layers {layers}: picks of such a router mean nothing")
 
 
-def _per_token(path: Path, arrays: dict[str, np.ndarray], layers: int, top_k: int) -> PerToken | None:
+def _per_token(path: Path, arrays: dict[str, np.ndarray], layers: int, top_k: int, *, experts: int) -> PerToken | None:
     if "ids" not in arrays:
         return None
     if missing := {"gaps", "image"} - arrays.keys():
@@ -229,4 +229,8 @@ def _per_token(path: Path, arrays: dict[str, np.ndarray], layers: int, top_k: in
     if wrong := [name for name in kinds if arrays[name].dtype.kind not in kinds[name]]:
         raise MoextendError(f"{path}: {', '.join(wrong)} has another element type than it should")
     _check_finite(np.where(np.isposinf(arrays["gaps"]), 0, arrays["gaps"]), what=f"{path}: gaps")
+    if arrays["ids"].min(initial=0) < 0 or arrays["ids"].max(initial=0) >= experts:
+        raise MoextendError(f"{path}: ids must be of experts 0 to {experts - 1}")
+    if arrays["image"].sum() != arrays["tokens/image"]:
+        raise MoextendError(f"{path}: image must be true for {arrays['tokens/image']} tokens")
     return PerToken(arrays["ids"], arrays["gaps"], arrays["image"].astype(bool))
