@@ -43,6 +43,10 @@ def test_the_source_is_the_favourite_before_the_probe_or_after_it():
     assert routing.select(BEFORE, AFTER, share=0.5, recipe=RELEASED).sources == (0, 2)
 
 
+def test_a_share_that_is_a_whole_number_of_layers_is_that_number():
+    assert len(routing.chosen_layers("interval", np.zeros(50), share=0.58)) == 29  # 0.58 * 50 is 28.999999999999996
+
+
 @pytest.mark.parametrize(("share", "layers"), [(0.25, (1,)), (0.74, (1, 2)), (1.0, (0, 1, 2, 3))])
 def test_the_share_is_rounded_down_and_layers_ascend(share: float, layers: tuple[int, ...]):
     assert routing.select(BEFORE, AFTER, share=share, recipe=PAPER).layers == layers

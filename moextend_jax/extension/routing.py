@@ -219,7 +219,10 @@ def chosen_layers(
 ) -> list[int]:
     """The layers that a row of LAYERS chooses, ascending. Raises MoextendError if there are none; `where` is what
     stands before `share` and `layers` for whoever sets them."""
-    chosen = sorted(LAYERS[layers](shift_Z, int(share * len(shift_Z)), np.random.default_rng(seed)))
+    most = int(
+        round(share * len(shift_Z), 9)
+    )  # rounded first: 0.58 of 50 layers are 29, and 28.999... in floating point
+    chosen = sorted(LAYERS[layers](shift_Z, most, np.random.default_rng(seed)))
     if not chosen:
         by_share = layers in ("extender", "random", "interval")
         asked, mend = (f"share = {share}", "; raise it") if by_share else (f"layers = {layers}", "")
