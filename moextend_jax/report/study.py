@@ -99,8 +99,10 @@ def _panel(ax: Axes, points: Mapping[str, Seeds], axis: Axis, *, data: str) -> N
 
 def _names(ax: Axes, dots: Mapping[str, tuple[float, float]]) -> None:
     """A name beside every dot, at the first place where no other name is; to one further away a line leads."""
+    figure = ax.get_figure(root=True)
+    assert figure is not None
     for _ in range(2):  # the second time in the layout that has room for names
-        ax.get_figure(root=True).draw_without_rendering()
+        figure.draw_without_rendering()
         for text in [*ax.texts]:
             text.remove()
         taken: list[Bbox] = []
