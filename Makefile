@@ -55,7 +55,7 @@ test-gpu:
 lint: env-dev
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
-	$(RUN) -m codespell_lib *.md configs docs examples launch moextend_jax
+	$(RUN) -m codespell_lib *.md configs docs examples launch moextend_jax tools
 	$(RUN) -m pyright --pythonpath $(RUN)
 
 bench: env

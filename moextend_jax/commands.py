@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from moextend_jax import machine
 from moextend_jax.config import IMAGE, Amount, Count, MoextendError, Range
@@ -263,6 +263,7 @@ def prompts_of(prompt: str | None) -> Iterable[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class ChatOptions(SpeakOptions):
+    elsewhere: ClassVar = dict.fromkeys(("image", "show"), "in the conversation /image FILE shows a picture, see /help")
     system: str | None = None
     """what the model is told before everything"""
     max_new_tokens: Count = 512

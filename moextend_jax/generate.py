@@ -65,7 +65,7 @@ class State(NamedTuple):
     past: the cache, keys and values `[Z, B, S, K, H]`.
     slot: where in the cache the newest ids go, one for all rows.
     count: ids of a row so far, by which `key` is folded for the next draw.
-    temperature: of the draws, times that of the `Sampling` that programs are compiled for.
+    temperature: of the draws; programs are compiled for all.
     """
 
     newest_B: jax.Array
@@ -100,11 +100,11 @@ class Generator:
         self.programs: Counter[str] = Counter()
         self._read = self._compiled(functools.partial(_read, model), donate_argnames="past")
         self._prefill = self._compiled(
-            functools.partial(_prefill, model, ends=ends, suppress=suppress), static_argnames=("room", "sampling")
+            functools.partial(_prefill, model, ends=ends, suppress=suppress), static_argnames=("room", "top_k")
         )
         self._advance = self._compiled(
             functools.partial(_advance, model, ends=ends, suppress=suppress),
-            static_argnames=("steps", "sampling"),
+            static_argnames=("steps", "top_k"),
             donate_argnames="state",
         )
         self._score = self._compiled(functools.partial(_score, model))
@@ -161,15 +161,14 @@ class Generator:
         """
         if max_new_tokens < 1:
             raise MoextendError(f"max_new_tokens = {max_new_tokens} must be at least 1")
-        temperature = np.float32(sampling.temperature or 1)
-        sampling = sampling._replace(temperature=float(sampling.temperature > 0))  # programs are for all temperatures
+        top_k, temperature = sampling.top_k if sampling.temperature else 1, np.float32(sampling.temperature)
         state = self._prefill(
-            arrays, prompts, heads, jax.random.key(seed), temperature, room=max_new_tokens - 1, sampling=sampling
+            arrays, prompts, heads, jax.random.key(seed), temperature, room=max_new_tokens - 1, top_k=top_k
         )
         yield state.newest_B[:, None]
         left = max_new_tokens - 1
         while left > 0:
-            state, ids_BL = self._advance(arrays, state=state, steps=min(steps, left), sampling=sampling)
+            state, ids_BL = self._advance(arrays, state=state, steps=min(steps, left), top_k=top_k)
             yield ids_BL
             left -= steps
 
@@ -200,18 +199,18 @@ class Generator:
 
 
 def choose(
-    logits_BV: jax.Array, key: jax.Array, sampling: Sampling, *, suppress: tuple[int, ...], temperature: Any = 1.0
+    logits_BV: jax.Array, key: jax.Array, temperature: Any, *, top_k: int, suppress: tuple[int, ...]
 ) -> jax.Array:
-    """The next ids `[B]`. A row's id, greedy or drawn, does not depend on the other rows' logits. `temperature` is as
-    in `State`."""
-    if sampling.temperature == 0.0:
+    """The next ids `[B]`, drawn at `temperature` from the `top_k` likeliest (0: from all); 1 is greedy at any
+    temperature. A row's id does not depend on the other rows' logits."""
+    if top_k == 1:
         return likeliest(logits_BV, suppress=suppress)
     if suppress:
         logits_BV = logits_BV.at[:, jnp.array(suppress)].set(-jnp.inf)
-    if sampling.top_k:
-        least_B1 = jax.lax.top_k(logits_BV, min(sampling.top_k, logits_BV.shape[-1]))[0][:, -1:]
+    if top_k:
+        least_B1 = jax.lax.top_k(logits_BV, min(top_k, logits_BV.shape[-1]))[0][:, -1:]
         logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
-    return jax.random.categorical(key, logits_BV / (sampling.temperature * temperature), axis=-1)
+    return jax.random.categorical(key, logits_BV / temperature, axis=-1)
 
 
 def likeliest(logits_BV: jax.Array, *, suppress: tuple[int, ...] = ()) -> jax.Array:
@@ -307,8 +306,8 @@ def _over_tokens(shares: Shares, length: int) -> Shares:
 
 
 def _prefill(
-    model: MoExtend, arrays: Arrays, prompts: Batch, heads: Heads | None, key: jax.Array, temperature: Any = 1.0, *,
-    room: int, sampling: Sampling, ends: tuple[int, ...], suppress: tuple[int, ...],
+    model: MoExtend, arrays: Arrays, prompts: Batch, heads: Heads | None, key: jax.Array, temperature: Any, *,
+    room: int, top_k: int, ends: tuple[int, ...], suppress: tuple[int, ...],
 ) -> State:  # fmt: skip
     loaded = with_arrays(model, arrays)
     hidden_BLD, past, seen_BS, shares = _prefilled(loaded, prompts, heads, room=room)
@@ -318,7 +317,7 @@ def _prefill(
     position_B = jnp.take_along_axis(prompts.positions_BL, last_B1, axis=1)[:, 0] + 1
     logits_BV = loaded.decoder.logits(last_B1D)[:, 0]
     first_key = jax.random.fold_in(key, 0)
-    newest_B = choose(logits_BV, first_key, sampling, suppress=suppress, temperature=temperature)
+    newest_B = choose(logits_BV, first_key, temperature, top_k=top_k, suppress=suppress)
     newest_B = jnp.where(length_B > 0, newest_B, ends[0]).astype(jnp.int32)
     slot = jnp.int32(seen_BS.shape[1] - room)
     return State(
@@ -328,7 +327,7 @@ def _prefill(
 
 
 def _advance(
-    model: MoExtend, arrays: Arrays, *, state: State, steps: int, sampling: Sampling, ends: tuple[int, ...],
+    model: MoExtend, arrays: Arrays, *, state: State, steps: int, top_k: int, ends: tuple[int, ...],
     suppress: tuple[int, ...],
 ) -> tuple[State, jax.Array]:  # fmt: skip
     """Up to `steps` more tokens, fewer when all rows have ended. A token costs one pass; the last one costs none."""
@@ -342,7 +341,7 @@ def _advance(
         state, count, ids_BL = carry
         logits_BV, past, seen_BS = _decode(loaded, state)
         key = jax.random.fold_in(state.key, state.count)
-        newest_B = choose(logits_BV, key, sampling, suppress=suppress, temperature=state.temperature)
+        newest_B = choose(logits_BV, key, state.temperature, top_k=top_k, suppress=suppress)
         newest_B = jnp.where(state.ended_B, ends[0], newest_B).astype(jnp.int32)
         state = State(
             newest_B, state.ended_B | _is_end(newest_B, ends), state.position_B + 1, seen_BS, state.shares, past,

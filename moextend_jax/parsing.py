@@ -90,7 +90,9 @@ def _options(kind: Any, words: Sequence[str], *, command: str) -> Iterator[tuple
         if of is None and kinds_of(_kind_of(positive, kinds)) == [bool] and not equals:
             name, of, texts = positive, _kind_of(positive, kinds), ["false"]
         elif not word.startswith("--") or of is None:
-            hint = meant(f"--{name}", [f"--{known}" for known in kinds]) or f"; see `moextend {command} --help`"
+            elsewhere = getattr(kind, "elsewhere", {}).get(name)
+            hint = f"; {elsewhere}" if elsewhere else meant(f"--{name}", [f"--{known}" for known in kinds])
+            hint = hint or f"; see `moextend {command} --help`"
             raise MoextendError(f"{command}: there is no option {word.partition('=')[0]}{hint}")
         elif equals:
             texts = [text]

@@ -12,7 +12,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, cast, get_args, get_origin
 
 from ml_collections import ConfigDict
@@ -780,6 +780,37 @@ def as_mapping(config: Any) -> Any:
     if isinstance(config, ConfigDict):
         return config.to_dict()
     return dataclasses.asdict(config) if isinstance(config, RunSettings) else config
+
+
+_RANKED, _FEW_BITS = (
+    ("lora", "damc", "mole", "moram"),
+    tuple(kind for kind in get_args(ExpertStorage) if kind != "as_is"),
+)
+GOES_WITH: Mapping[type, Mapping[str, tuple[str, tuple[str, ...]]]] = {
+    RunSettings: {"saved": ("remat", ("layer",)), "expert_group": ("expert_storage", _FEW_BITS)},
+    SelectSettings: {"share": ("layers", ("extender", "random", "interval")), "expert": ("source", ("fixed",))},
+    GrowSettings: {"lowered_by": ("start", ("lowered",)), "opens_by": ("selection_bias", ("closed",))},
+    MethodSettings: {"blocks": ("name", ("blocks",))}
+    | dict.fromkeys(("guidance", "drift"), ("name", ("moextend",)))
+    | dict.fromkeys(("rank", "alpha", "attention", "experts", "router"), ("name", _RANKED))
+    | dict.fromkeys(("lora_experts", "gating", "balance"), ("name", ("mole",)))
+    | dict.fromkeys(("top_k", "tau", "threshold"), ("name", ("moram",))),
+}
+"""TABLE of settings that work with some values of another alone: by class and field, that field and these values."""
+
+
+def without_effect(settings: Any, *, where: str = "") -> Iterator[str]:
+    """The settings that are not as they are by default but that others leave without effect, in words."""
+    for field in dataclasses.fields(settings):
+        value, path = getattr(settings, field.name), f"{where}{field.name}"
+        other, needed = GOES_WITH.get(type(settings), {}).get(field.name, ("", ()))
+        if other and value != field.default and (found := getattr(settings, other)) not in needed:
+            goes = " or ".join(needed)
+            yield f"{path} has no effect: {where}{other} is {found}, and it goes with {goes}"
+        groups = {f"{path}.{name}": of for name, of in value.items()} if isinstance(value, Mapping) else {path: value}
+        for name, group in groups.items():
+            if dataclasses.is_dataclass(group):
+                yield from without_effect(group, where=f"{name}.")
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------

@@ -108,8 +108,11 @@ def test_a_text_model_continues_text_unless_its_tokenizer_brings_a_template(run:
     opened = open_place(Place(checkpoint=folder))
     assert opened.plain and not opened.sees and opened.open_base is None
     assert said(opened) == said(askable(run, "base")) != ""
-    with pytest.raises(MoextendError, match="the text model cannot see"):
+    with pytest.raises(MoextendError, match=r"text model cannot see: `moextend import` joins a projector \(--proj"):
         said(opened, Path("nowhere.png"))
+    shutil.rmtree(folder / "vision")
+    with pytest.raises(MoextendError, match=r"text model cannot see: .* joins a tower \(--vision\) and a projector"):
+        said(open_place(Place(checkpoint=folder)), Path("nowhere.png"))
     (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
     assert not open_place(Place(checkpoint=folder)).plain
 
@@ -334,7 +337,7 @@ def test_a_chat_remembers_what_was_said_and_shown_until_it_is_reset(trained: Ask
 def test_a_mistake_ends_the_answer_and_not_the_chat(trained: Askable, run: Run, heard: list[str]):
     text = talk(trained, "<image> which?", "Hello")
     assert "1 <image> marks in the questions but 0 images" in text and heard == ["0: Hello"]
-    assert "cannot see" in talk(askable(run, "base"), "/image some.png")
+    assert "cannot see: choose another --model of the run" in talk(askable(run, "base"), "/image some.png")
 
 
 def test_an_answer_that_spells_a_mark_is_remembered_without_it(trained: Askable, monkeypatch: pytest.MonkeyPatch):

@@ -15,7 +15,7 @@ import tiny
 from moextend_jax.config import IGNORE, Batch
 from moextend_jax.evaluate.asking import Asker
 from moextend_jax.evaluate.prompts import Prompt, buckets, plan
-from moextend_jax.generate import Generator, Sampling
+from moextend_jax.generate import Generator
 from moextend_jax.mesh import make_mesh
 from moextend_jax.parameters import with_arrays
 from moextend_jax.sharding import MESH_AXES
@@ -145,10 +145,10 @@ def test_logits_are_the_same_to_the_bit_wherever_a_row_stands(with_heads: bool):
         row = work.prompts[0].index(3 * turn % 16)
         found = [scores(who, tails, heads)[row]]
         state = who.generator._prefill(
-            who.arrays, tails, heads, jax.random.key(0), room=NEW - 1, sampling=Sampling()
+            who.arrays, tails, heads, jax.random.key(0), 0.0, room=NEW - 1, top_k=1
         )  # fmt: skip
         found.append(np.asarray(state.past.keys_BSKH[:, row]))
-        state, _ = who.generator._advance(who.arrays, state=state, steps=2, sampling=Sampling())
+        state, _ = who.generator._advance(who.arrays, state=state, steps=2, top_k=1)
         keys_ZSKH = np.asarray(state.past.keys_BSKH[:, row])  # what every layer made of the tokens said
         seen.append((row, [*found, keys_ZSKH[:, np.asarray(state.seen_BS[row])]]))
     assert len({row for row, _ in seen}) > 3
@@ -197,9 +197,9 @@ def test_nobody_waits_for_rows_that_were_only_filled_up():
     who = asker()
     (work, tails, heads), *_ = who._started([prompts()[n]], room=NEW)
     state = who.generator._prefill(
-        who.arrays, tails, heads, jax.random.key(0), room=NEW - 1, sampling=Sampling()
+        who.arrays, tails, heads, jax.random.key(0), 0.0, room=NEW - 1, top_k=1
     )  # fmt: skip
-    state, _ = who.generator._advance(who.arrays, state=state, steps=NEW - 1, sampling=Sampling())
+    state, _ = who.generator._advance(who.arrays, state=state, steps=NEW - 1, top_k=1)
     assert work.rows > 1 and int(state.count) == len(together()[n]) + 1
 
 

@@ -101,7 +101,7 @@ def test_questions_of_further_sets_do_not_add_to_those_that_are_asked(folder):
     )
     reports = [Report(reading=reading, rows=18, items=Counter({"<image>": 1})) for reading in readings_of(run)]
     assert problems_of(run, reports, layers=8, marks={"image": "<image>"}) == [
-        "evaluate.questions = 19, but llava_instruct has 18 rows"
+        "evaluate.questions = 19, but llava_instruct has 18 rows; ask at most so many"
     ]
 
 
@@ -190,8 +190,8 @@ def test_what_a_run_would_refuse_of_sound_data_is_said_too(folder, capsys):
     assert record["problems"] == [
         "select.held_out = 18: cannot hold out 18 of 18 rows; at most 17 can be, or a share such as 0.1",
         "select.share = 0.01 of 8 layers chooses none; raise it",
-        "align trains the projector, and none of its 10 conversations has an image",
-        "evaluate.questions = 13, but llava_instruct has 12 rows",
+        "align trains the projector, and none of its 10 conversations has an image; name others in align.data",
+        "evaluate.questions = 13, but llava_instruct has 12 rows; ask at most so many",
     ]
     code, text = checked(run, capsys, as_json=False)
     assert code == 1 and text.count("a run would be refused: ") == 4
@@ -227,7 +227,7 @@ def test_rows_of_a_mixture_are_those_of_all_its_data(folder, capsys):
     code, record = checked(dataclasses.replace(run, evaluate=asked), capsys)
     assert (code, record["problems"]) == (0, []), record
     many = dataclasses.replace(run, evaluate=dataclasses.replace(asked, questions=21))
-    assert checked(many, capsys)[1]["problems"][0].endswith("texts.json:0.1 has 20 rows")
+    assert checked(many, capsys)[1]["problems"][0].endswith("texts.json:0.1 has 20 rows; ask at most so many")
 
 
 def test_lengths_that_the_data_decide_limit_nothing(folder, capsys):

@@ -157,6 +157,10 @@ def test_a_slip_is_answered_with_what_was_meant(refused, words: str, meant: str)
     assert refused(*words.split()).endswith(f"; did you mean {meant}?\n")
 
 
+def test_chat_says_how_a_picture_is_shown(refused):
+    assert "no option --image; in the conversation /image FILE" in refused("chat", "--workdir", "w", "--image", "a.png")
+
+
 NEED_CONFIG = [name for name, command in cli.COMMANDS.items() if command.function.startswith("moextend_jax.commands")
                and not name.startswith(("report", "generate", "chat", "eval", "demo"))]  # fmt: skip
 NEED_CONFIG += ["evaluate", "plan"]

@@ -11,7 +11,7 @@ import tiny
 
 from moextend_jax import continual, machine
 from moextend_jax.configurations import load
-from moextend_jax.runs.run import cpu_devices
+from moextend_jax.runs.run import cpu_devices, idle_cores
 from moextend_jax.settings import RunSettings, from_config_dict
 
 
@@ -30,6 +30,23 @@ def test_a_small_base_gets_a_device_for_every_core_as_long_as_batches_can_be_spl
     assert cpu_devices(of_demo(evaluate=evaluate)) == 4
     assert cpu_devices(of_demo()) == 2  # of 16 rows of text eight are left for each
     assert cpu_devices(of_demo(finetune=dataclasses.replace(of_demo().finetune, accumulate=8))) == 1
+
+
+def test_cores_that_batches_leave_idle_are_said_with_sizes_that_would_use_them():
+    plain, evaluate = of_demo(), of_demo().evaluate
+    needs = "; cores left idle: 2; 4 devices need evaluate.text_batch_size = 32"
+    assert idle_cores(plain, cpu_devices(plain)) == needs
+    odd = of_demo(evaluate=dataclasses.replace(evaluate, text_batch_size=17, batch_size=200))
+    assert cpu_devices(odd) == 1
+    assert idle_cores(odd, 1) == "; cores left idle: 3; 2 devices need evaluate.text_batch_size = 18"
+    more = of_demo(evaluate=dataclasses.replace(evaluate, text_batch_size=32))
+    assert idle_cores(more, cpu_devices(more)) == "" == idle_cores(of_demo(cpu_devices=1), 1)
+
+
+def test_devices_share_the_rows_of_each_part():
+    """Of 38 rows in two parts of 19 no two devices have as many, and the run would be refused."""
+    finetune = dataclasses.replace(of_demo().finetune, batch_size=38, accumulate=2)
+    assert cpu_devices(of_demo(finetune=finetune)) == 1
 
 
 def test_a_base_whose_products_cores_share_gets_one(tmp_path, monkeypatch: pytest.MonkeyPatch):

@@ -139,26 +139,26 @@ def test_suppressed_tokens_are_never_said():
 LOGITS_BV = jnp.asarray(np.random.default_rng(0).normal(size=(2, 12)), jnp.float32)
 
 
-def draws(sampling: Sampling, *, suppress: tuple[int, ...] = (), count: int = 400) -> np.ndarray:
+def draws(temperature: float, *, top_k: int = 0, suppress: tuple[int, ...] = (), count: int = 400) -> np.ndarray:
     keys = jax.random.split(jax.random.key(0), count)
-    return np.asarray(jax.vmap(lambda key: choose(LOGITS_BV, key, sampling, suppress=suppress))(keys))
+    return np.asarray(jax.vmap(lambda key: choose(LOGITS_BV, key, temperature, top_k=top_k, suppress=suppress))(keys))
 
 
 def test_sampling_gives_the_top_k_tokens_alone_and_all_of_them():
-    said_nB = draws(Sampling(temperature=1.5, top_k=3))
+    said_nB = draws(1.5, top_k=3)
     for row in range(2):
         assert set(said_nB[:, row]) == set(np.argsort(-LOGITS_BV[row])[:3].tolist())
 
 
 def test_draws_follow_the_softmax_at_the_temperature():
-    said_n = draws(Sampling(temperature=2.0), count=4000)[:, 0]
+    said_n = draws(2.0, count=4000)[:, 0]
     shares_V = np.bincount(said_n, minlength=12) / len(said_n)
     np.testing.assert_allclose(shares_V, jax.nn.softmax(LOGITS_BV[0] / 2.0), atol=0.03)
 
 
 def test_suppressed_tokens_are_never_drawn_and_leave_room_for_others():
     best = np.argsort(-LOGITS_BV[0]).tolist()
-    said_n = draws(Sampling(temperature=1.0, top_k=2), suppress=tuple(best[:2]))[:, 0]
+    said_n = draws(1.0, top_k=2, suppress=tuple(best[:2]))[:, 0]
     assert set(said_n) == set(best[2:4])
 
 
@@ -178,11 +178,13 @@ def test_the_same_seed_draws_the_same_tokens_and_another_one_others():
     assert dict(generator().programs) == counted
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.0, top_k=3)])
-def test_temperature_zero_is_greedy(sampling: Sampling):
-    np.testing.assert_array_equal(
-        choose(LOGITS_BV, jax.random.key(0), sampling, suppress=()), LOGITS_BV.argmax(axis=-1)
-    )
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0.0, top_k=3), Sampling(temperature=3.0, top_k=1)])
+def test_no_temperature_is_greedy_as_is_one_token_to_draw_from(sampling: Sampling):
+    """By the programs of greedy answers."""
+    wanted, counted = greedy(), dict(generator().programs)
+    said = tiny.complete(generator(), model()[1], prompts(), max_new_tokens=NEW, sampling=sampling)
+    np.testing.assert_array_equal(said, wanted)
+    assert dict(generator().programs) == counted
 
 
 @pytest.mark.parametrize("where", ["cpu", "tpu"])

@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moextend_jax.config import Batch, DecoderConfig, ExtensionConfig, ModelConfig, of_pictures
-from moextend_jax.generate import Generator, Sampling
+from moextend_jax.generate import Generator
 from moextend_jax.mesh import rows_sharding
 from moextend_jax.models.attention import KeysValues, Visible, attend
 from moextend_jax.models.decoder import Extension, MoE
@@ -191,7 +191,7 @@ def test_generation_is_lowered_for_several_chips():
     rows = jax.ShapeDtypeStruct((4, 128), jnp.int32, sharding=rows_sharding(mesh))
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
     prefill = Generator(model, eos=2, mesh=mesh)._prefill
-    lowered = prefill.lower(arrays, Batch(rows, rows, rows, rows, rows), None, key, room=15, sampling=Sampling())
+    lowered = prefill.lower(arrays, Batch(rows, rows, rows, rows, rows), None, key, 0.0, room=15, top_k=1)
     assert "tpu_custom_call" in lowered.as_text()
 
 

@@ -20,9 +20,10 @@ from jax.sharding import SingleDeviceSharding
 from tiny import few
 
 from moextend_jax import cli
-from moextend_jax.checkpoints import convert, hashes, quantising, train_state, transformers_layout
+from moextend_jax.checkpoints import convert, hashes, mxfp4, quantising, train_state, transformers_layout
 from moextend_jax.checkpoints.leaves import read_sharded
 from moextend_jax.checkpoints.loading import open_checkpoint, open_source
+from moextend_jax.checkpoints.tensors import Stored
 from moextend_jax.commands import whole_run
 from moextend_jax.config import RECIPES, MoextendError, Quantised
 from moextend_jax.extension.grow import grow, read_by_grow
@@ -101,6 +102,37 @@ def test_zeros_and_the_smallest_weights_are_numbers():
     values, scale = quantise(w, "int4", GROUP)
     assert (values[:8].astype(np.int8) == 0).all() and np.isfinite(scale.astype(np.float32)).all()
     assert np.abs(np.asarray(dequantise(jnp.asarray(values), jnp.asarray(scale), jnp.float32)) - w).max() <= 1e-6
+
+
+@pytest.mark.parametrize("weight", [np.nan, np.inf, -np.inf, 3e38])
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_are_no_numbers_are_refused_by_name(kind: str, weight: float):
+    """Or that float16 has no scale for; of mxfp4 and nf4, the largest float32 is one."""
+    w = matrices(16, 2)
+    w[9, 1] = weight
+    if weight == 3e38 and kind in ("mxfp4", "nf4"):
+        values, scale = quantise(w, kind, GROUP)
+        assert np.asarray(dequantise(jnp.asarray(values), jnp.asarray(scale), jnp.float32))[9, 1] > 2.5e38
+        return
+    path = quantising.MATRICES[1]
+    leaf = folders.source_of(tiny.EXTENDED).leaves[path]._replace(part=lambda *_: w, where="model.safetensors")
+    for of in quantising.stored({path: leaf}, Quantised(kind, GROUP)).values():
+        with pytest.raises(MoextendError, match=rf"^model.safetensors: {path}\[1, 2\]: weights .* stored in {kind}"):
+            of.ours((1, 2))
+
+
+def test_scales_of_mxfp4_files_that_stand_for_nan_are_refused():
+    def stored(array: np.ndarray) -> Stored:
+        return Stored(array.shape, array.dtype, lambda: array, "model.safetensors")
+
+    blocks, scales = np.full((2, 3, 1, 16), 0x21, np.uint8), np.full((2, 3, 1), mxfp4.BIAS, np.uint8)
+    whole = mxfp4.unpacked({"up_blocks": stored(blocks), "up_scales": stored(scales)}, "up")["up"]
+    np.testing.assert_array_equal(whole.read(), np.tile(np.float32([0.5, 1] * 16)[:, None], (2, 1, 3)))
+    scales[1, 2, 0] = 255
+    for read in (whole.read, whole.part((1,)).read):
+        with pytest.raises(MoextendError, match="model.safetensors: up_scales has NaN"):
+            read()
+    assert np.isfinite(whole.part((0,)).read().astype(np.float32)).all()
 
 
 # --- read from files --------------------------------------------------------------------------------------------------

@@ -348,6 +348,21 @@ def test_too_small_a_share_of_the_layers_is_named_as_the_option_is(pair):
         compare.choices(*pair, share=0.01)
 
 
+def test_where_no_layer_can_be_chosen_the_distances_are_printed(pair, tmp_path: Path, capsys):
+    """As of a model with one layer that routes, by the usual share of a half."""
+    files = [tmp_path / "a.npz", tmp_path / "b.npz"]
+    for file, stats in zip(files, pair, strict=True):
+        statistics.write_stats(file, stats)
+    assert run("compare", *files, "--share", "0.01") == 0
+    printed = capsys.readouterr().out
+    assert "KL picks" in printed and "no choice of layers: --share = 0.01 of 3 layers chooses none; raise it" in printed
+    assert "the most picked expert of every layer is" in printed
+    assert run("compare", *files, "--after", *files[::-1], "--share", "0.01", "--json") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["choices"] == {"a": None, "b": None} and "chooses none" in record["choices_missing"]
+    assert record["same_choice"] is None and len(record["layers"]) == 9
+
+
 def test_compare_prints_json_and_says_why_there_is_no_agreement(pair, tmp_path: Path, capsys):
     files = [tmp_path / f"{name}.npz" for name in ("a", "b", "c")]
     for file, stats in zip(files, (*pair, pair[1]._replace(inputs="other tokens")), strict=True):

@@ -18,8 +18,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from moextend_jax.config import RECIPES, MoextendError, Range, Recipe
+from moextend_jax.configurations import load, names
 from moextend_jax.faults import KINDS
 from moextend_jax.settings import (
+    GOES_WITH,
     KEEPABLE,
     POLICIES,
     SKIPPED,
@@ -28,7 +30,9 @@ from moextend_jax.settings import (
     FaultKind,
     FaultSettings,
     Group,
+    GrowSettings,
     MediumSettings,
+    MethodSettings,
     OptimizerConfig,
     ProjectorSettings,
     RunSettings,
@@ -37,6 +41,7 @@ from moextend_jax.settings import (
     fields,
     from_config_dict,
     to_config_dict,
+    without_effect,
 )
 from moextend_jax.train.stages import GROUPS
 
@@ -311,3 +316,27 @@ def test_of_pictures_a_medium_sets_the_projector_alone(change: dict[str, Any]):
         dataclasses.replace(settings(), media={"image": images}, extensions={})
     with pytest.raises(MoextendError, match="media.image can set a projector alone"):
         dataclasses.replace(settings(), media={"image": MediumSettings(**change)}, extensions={})
+
+
+def test_settings_that_have_no_effect_are_named_with_what_they_go_with():
+    plain = settings()
+    assert not [*without_effect(plain)]
+    later = dataclasses.replace(plain.extensions["touch"], grow=GrowSettings(lowered_by=1.0))
+    idle = dataclasses.replace(
+        plain, mixture=None, remat="attention", saved=("key",), extensions={"touch": later},
+        method=MethodSettings(name="lora", tau=0.1),
+    )  # fmt: skip
+    assert [*without_effect(idle)] == [
+        "method.tau has no effect: method.name is lora, and it goes with moram",
+        "extensions.touch.grow.lowered_by has no effect: extensions.touch.grow.start is copy, and it goes with lowered",
+        "saved has no effect: remat is attention, and it goes with layer",
+    ]
+    assert all(name in fields(kind) and other in fields(kind) for kind, rows in GOES_WITH.items()
+               for name, (other, _) in rows.items())  # fmt: skip
+    assert all({*needed} < {*get_args(fields(kind)[other])} for kind, rows in GOES_WITH.items()
+               for other, needed in rows.values())  # fmt: skip
+
+
+@pytest.mark.parametrize("name", names())
+def test_the_package_s_configurations_set_nothing_in_vain(name: str):
+    assert not [*without_effect(from_config_dict(load(name)))]

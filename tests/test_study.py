@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import jax
 import pytest
 import tiny
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from rich.console import Console
 
 from moextend_jax.commands import run_and_start
@@ -18,6 +20,8 @@ from moextend_jax.config import MoextendError
 from moextend_jax.configurations import load
 from moextend_jax.evaluate.chains import score_matrix
 from moextend_jax.parsing import with_words
+from moextend_jax.report.canvas import canvas
+from moextend_jax.report.study import AGAINST, _panel
 from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings, StudySettings, from_config_dict
 from moextend_jax.study import FIGURES, Estimate, estimate, run_study, study_table
 
@@ -96,6 +100,18 @@ def test_what_a_rival_s_run_lacks_is_shared_from_another(tmp_path: Path):
     run_study(of(points, (0,)), tmp_path, run=made_up([]))
     links = {stage: (tmp_path / "c/seed_0" / stage / "made").stat().st_nlink for stage in ("align", "extend", "select")}
     assert links == {"align": 3, "extend": 2, "select": 2}
+
+
+def test_names_of_dots_in_one_place_stand_apart():
+    """As those of methods that forget nothing under strict isolation."""
+    seeds = {0: {"accuracy": 0.9, "wordnet": 0.0, "kjv": 0.0}}
+    with canvas(width=6.4, height=4.2) as figure:
+        ax = figure.add_subplot()
+        _panel(ax, {f"method_{n}": seeds for n in range(9)}, AGAINST["forgetting"], data="d")
+        figure.draw_without_rendering()
+        boxes = [Text.get_window_extent(name) for name in ax.texts]
+    assert len(boxes) == 9
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
 
 
 def test_the_picture_is_written_by_what_opens_buckets_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

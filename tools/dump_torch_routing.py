@@ -18,10 +18,11 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
+import torch  # pyright: ignore[reportMissingImports]  (the types are checked where it is not installed, too)
+import torch.nn.functional as F  # pyright: ignore[reportMissingImports]
 import transformers
 from safetensors import safe_open
 from transformers import (
@@ -74,7 +75,7 @@ def load(folder: Path, *, trust_remote_code: bool = False):
         trust = {"trust_remote_code": trust_remote_code}
         config = AutoConfig.from_pretrained(folder, **trust)
         sees = getattr(config, "image_token_id", None) is not None and "vision_config" in written
-        kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+        kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
         options = {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True}
         model, report = kind.from_pretrained(folder, **options, **trust)
         if bad := {kind: sorted(names) for kind, names in report.items() if names}:  # only a warning to transformers
@@ -87,8 +88,8 @@ def load(folder: Path, *, trust_remote_code: bool = False):
            for name in (block.format(layer) + "gate_vision.weight",
                         block.format(layer) + "weight_scale.weight_scale.0.weight")]  # fmt: skip
     experts = attributes.pop("num_local_experts") - (new[0][0] if layers else 0)
-    config = MixtralConfig(**attributes, num_local_experts=experts, attn_implementation="eager")
-    model = MixtralForCausalLM(config).float()
+    config = MixtralConfig(**attributes | {"num_local_experts": experts, "attn_implementation": "eager"})
+    model: Any = MixtralForCausalLM(config).float()
     for layer in layers:
         more = MixtralConfig(**attributes, num_local_experts=experts + new[0][0])
         more._experts_implementation = config._experts_implementation
@@ -282,7 +283,7 @@ def forward(model, rows, labels: np.ndarray, *, coefficient: float) -> dict:
         loads.append((share, probs[valid].mean(0)))
     outputs = max(len(share) for share, _ in loads)
     if new_experts(model):  # the released code's form
-        aux = sum((share * prob).sum() for share, prob in loads) * outputs / len(loads)
+        aux = torch.stack([(share * prob).sum() for share, prob in loads]).sum() * outputs / len(loads)
     else:  # transformers pools the tokens of all layers
         share, prob = (torch.stack(parts).mean(0) for parts in zip(*loads, strict=True))
         aux = (share * prob).sum() * outputs
@@ -374,7 +375,7 @@ def write_forward(model, folder: Path, rows: Rows, labels: np.ndarray) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--ids", type=Path, required=True, help="npz file with input_ids and attention_mask")
     parser.add_argument("--out", type=Path, required=True, help="file of statistics to write")

@@ -16,6 +16,8 @@ VALUES = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.f
 """Value of each four bits."""
 BIAS = 127
 """Bias of the exponents that the scales hold."""
+NAN = 255
+"""The scale of 32 numbers that are none."""
 
 
 def unpack(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
@@ -42,13 +44,16 @@ def unpacked(stored: Mapping[str, Stored], name: str) -> dict[str, Stored]:
         if scales is None or len(rest) != 3 or rest[2] != 16 or scales.shape != blocks.shape[:-1]:
             found = "is not there" if scales is None else f"has shape {list(scales.shape)}"
             raise MoextendError(f"{blocks.where}: {file} has shape {list(blocks.shape)}, and {whole}_scales {found}")
-        tensors[whole] = _stored(blocks, scales, shape=(E, 32 * rest[1], rest[0]))
+        tensors[whole] = _stored(blocks, scales, shape=(E, 32 * rest[1], rest[0]), name=whole)
     return tensors
 
 
-def _stored(blocks: Stored, scales: Stored, *, shape: tuple[int, ...]) -> Stored:
+def _stored(blocks: Stored, scales: Stored, *, shape: tuple[int, ...], name: str) -> Stored:
     def read() -> np.ndarray:
-        return np.swapaxes(unpack(blocks.read(), scales.read()), -1, -2)
+        exponents = scales.read()
+        if (exponents == NAN).any():
+            raise MoextendError(f"{scales.where}: {name}_scales has NaN among its scales; get the file anew")
+        return np.swapaxes(unpack(blocks.read(), exponents), -1, -2)
 
     return Stored(shape, np.dtype(ml_dtypes.bfloat16), read, blocks.where, part_of=lambda index: (
-        _stored(blocks.part(index), scales.part(index), shape=shape[len(index) :])))  # fmt: skip
+        _stored(blocks.part(index), scales.part(index), shape=shape[len(index) :], name=name)))  # fmt: skip

@@ -64,7 +64,7 @@ def _values(leaf: Leaf, how: Quantised) -> Leaf:
         rows, columns = slices
         first, last = rows.start // how.group, -(-rows.stop // how.group)
         whole = leaf.part(index, (slice(first * how.group, last * how.group), columns))
-        values, _ = quantise(whole, how.kind, how.group)
+        values, _ = quantise(whole, how.kind, how.group, where=_named(leaf, index))
         return values[rows.start - first * how.group : rows.stop - first * how.group]
 
     return _leaf(leaf, leaf.path, leaf.shape, STORAGES[how.kind].dtype, part)
@@ -74,7 +74,7 @@ def _scales(leaf: Leaf, how: Quantised) -> Leaf:
     def part(index: Index, slices: Slices) -> np.ndarray:
         groups, columns = slices
         rows = slice(groups.start * how.group, groups.stop * how.group)
-        return scales(leaf.part(index, (rows, columns)), how.kind, how.group)
+        return scales(leaf.part(index, (rows, columns)), how.kind, how.group, where=_named(leaf, index))
 
     *lead, I, O = leaf.shape  # noqa: E741
     return _leaf(leaf, f"{leaf.path}{SCALE}", (*lead, I // how.group, O), STORAGES[how.kind].scale_dtype, part)
@@ -167,6 +167,10 @@ def _unreadable(where: str, how: Quantised) -> MoextendError:
         f"{where}: the experts are in {how.kind} in groups of {how.group}, as they were imported: set "
         f"expert_storage={how.kind} and expert_group={how.group}; what they were before is in the files they came from"
     )
+
+
+def _named(leaf: Leaf, index: Index) -> str:
+    return f"{leaf.where}: {leaf.path}{list(index)}"
 
 
 def _leaf(leaf: Leaf, path: str, shape: tuple[int, ...], dtype: np.dtype, part: Any) -> Leaf:

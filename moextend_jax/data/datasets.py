@@ -323,7 +323,9 @@ def check_shows(source: Source, *, medium: str, stage: str) -> None:
 
 def shows_none(stage: str, rows: int, *, medium: str = IMAGE) -> MoextendError:
     what = "an image" if medium == IMAGE else f"an item of {medium}"
-    return MoextendError(f"{stage} trains the projector, and none of its {rows} conversations has {what}")
+    return MoextendError(
+        f"{stage} trains the projector, and none of its {rows} conversations has {what}; name others in {stage}.data"
+    )
 
 
 def check_packages(name: str, *, data_dir: Path | str) -> None:

@@ -20,10 +20,10 @@ from moextend_jax.evaluate.benchmarks.command import as_json, print_scores
 from moextend_jax.evaluate.benchmarks.question import Answered, Question, check_images, image_bytes
 from moextend_jax.evaluate.pictures import PIXELS, QuestionPictures, as_png
 from moextend_jax.evaluate.questions import prompt_of
+from moextend_jax.evaluate.speak import cannot
 from moextend_jax.media.image import decode_image
 from moextend_jax.progress import counting
 from moextend_jax.runs.askable import Askable
-from moextend_jax.runs.results import ANSWERING
 from moextend_jax.runs.run import write_json
 
 EXAMPLES = 6
@@ -87,8 +87,7 @@ def benchmark(
     most = max_new_tokens or table.benchmark(name).max_new_tokens
     questions = exam.questions
     if not opened.sees and any(question.image is not None for question in questions):
-        raise MoextendError(f"the {opened.name} model cannot see: benchmark {name} needs one that does, such as "
-                            f"--model {' or '.join(ANSWERING)} of a work directory")  # fmt: skip
+        raise MoextendError(f"benchmark {name} has pictures, and {cannot(opened, IMAGE)}")
     path = folder_of(out, name, split=split, model=opened.name) / "answers.jsonl"
     model_id = f"{opened.identity}-{most}"
     if template is not None:

@@ -15,7 +15,7 @@ import jax
 
 from moextend_jax.config import IMAGE, MoextendError
 from moextend_jax.data.missing import without_marks
-from moextend_jax.evaluate.speak import Item, Items, Turn, is_question, one_each, question, speak
+from moextend_jax.evaluate.speak import Item, Items, Turn, cannot, is_question, one_each, question, speak
 from moextend_jax.evaluate.speak import show as read
 from moextend_jax.generate import Sampling
 from moextend_jax.runs.askable import Askable
@@ -87,8 +87,7 @@ def chat(conversation: Conversation, lines: Iterable[str], *, show: Callable[[st
             name, _, file = (IMAGE, "", rest) if command == "/image" else rest.strip().partition(" ")
             with _mistakes_shown(show):
                 if name not in conversation.opened.config.media:
-                    can = "see" if name == IMAGE else f"take {name!r}"
-                    raise MoextendError(f"the {conversation.opened.name} model cannot {can}")
+                    raise MoextendError(cannot(conversation.opened, name))
                 read(conversation.opened, {name: [file.strip()]})  # what cannot be read is said now
                 waiting.setdefault(name, []).append(file.strip())
         elif command.startswith("/"):

@@ -135,8 +135,15 @@ def check_media(opened: Askable, spans: Spans) -> None:
     for name, of in spans.items():
         if of and name not in opened.config.media:
             option = "--image" if name == IMAGE else f"--show {name}=FILE"
-            can = "see" if name == IMAGE else f"take {name}; its media are {', '.join(opened.config.media) or 'none'}"
-            raise MoextendError(f"the {opened.name} model cannot {can}: leave out {option}, or choose another model")
+            raise MoextendError(f"{cannot(opened, name)}; or leave out {option}")
+
+
+def cannot(opened: Askable, name: str) -> str:
+    """That a model does not have a medium, and what to do."""
+    if name == IMAGE:
+        return f"the {opened.name} model cannot see: {opened.to_see}"
+    media = ", ".join(opened.config.media) or "none"
+    return f"the {opened.name} model cannot take {name}; its media are {media}: choose another model"
 
 
 def is_plain(opened: Askable, plain: bool | None) -> bool:

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from moextend_jax.config import MoextendError
+
 
 class Storage(NamedTuple):
     """Dtypes of integers and scales. On the host, `scale_of` maps a group's weight of largest magnitude to its scale,
@@ -76,15 +78,27 @@ formats are kept exactly if the group size is the file's: 32 in GGUF's Q8_0 (int
 Compute Project's Microscaling Formats 1.0)."""
 
 
-def scales(w_IO: np.ndarray, kind: str, group: int) -> np.ndarray:
-    """`[..., g, O]`."""
+def scales(w_IO: np.ndarray, kind: str, group: int, *, where: str = "weights") -> np.ndarray:
+    """`[..., g, O]`.
+
+    Raises:
+      MoextendError: a weight is NaN or infinite, or too large for the scales' type; `where` names the weights.
+    """
     low_gO, high_gO = (extreme(_in_groups(w_IO, group), axis=-2) for extreme in (np.min, np.max))
-    return STORAGES[kind].scale_of(np.where(-low_gO > high_gO, low_gO, high_gO))
+    extreme_gO = np.where(-low_gO > high_gO, low_gO, high_gO)
+    with np.errstate(over="ignore", invalid="ignore"):
+        scale_gO = STORAGES[kind].scale_of(extreme_gO)
+    if not (np.isfinite(extreme_gO) & np.isfinite(scale_gO)).all():
+        raise MoextendError(
+            f"{where}: weights that are NaN, infinite or too large cannot be stored in {kind}; get the file anew"
+        )
+    return scale_gO
 
 
-def quantise(w_IO: np.ndarray, kind: str, group: int) -> tuple[np.ndarray, np.ndarray]:
-    """`(values_IO, scale_gO)`, on the host: the same bits on every machine. Any axes may stand before I."""
-    storage, scale_gO = STORAGES[kind], scales(w_IO, kind, group)
+def quantise(w_IO: np.ndarray, kind: str, group: int, *, where: str = "weights") -> tuple[np.ndarray, np.ndarray]:
+    """`(values_IO, scale_gO)`, on the host: the same bits on every machine. Any axes may stand before I. Raises
+    MoextendError as `scales`."""
+    storage, scale_gO = STORAGES[kind], scales(w_IO, kind, group, where=where)
     divisor_g1O = np.where(scale_gO == 0, 1, scale_gO.astype(np.float32))[..., :, None, :]
     values = storage.code(_in_groups(w_IO, group) / divisor_g1O)
     return values.reshape(w_IO.shape).astype(np.int8).astype(storage.dtype), scale_gO

@@ -65,7 +65,7 @@ def plan(
         "images": items.get(IMAGE, 0),
         "items": items,
         "remat": settings.remat,
-        "saved": list(settings.saved),
+        "saved": list(settings.saved) if settings.remat == "layer" else [],
         "trained_parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.state.trainable)),
         "bytes_per_chip": {**chip_bytes._asdict(), "limit": place.chip.usable(place.chips)},
         "flops_per_step": {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from html import escape
 from operator import itemgetter
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
+from matplotlib.text import Text
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+from matplotlib.transforms import Bbox
 
 from moextend_jax.report.canvas import MUTED, OURS, PLAIN, canvas
 from moextend_jax.report.markup import how, picture, section, text_table, write_page
@@ -36,8 +39,9 @@ AGAINST = {
 }
 """TABLE of the pictures."""
 
-CORNERS = ((5, 4), (-5, -10), (5, -10), (-5, 4))
-"""Where a dot's name stands, in points from the dot."""
+CORNERS = ((5, 4), (5, -10), (-5, -10), (-5, 4))
+"""Where a dot's name stands, in points from the dot, if no other name is there; else LINE points further up or down."""
+LINE = 9
 
 
 def write_study(record: Mapping[str, Any], workdir: Path) -> Path:
@@ -77,16 +81,10 @@ def _panel(ax: Axes, points: Mapping[str, Seeds], axis: Axis, *, data: str) -> N
     """A dot for every point at its means over seeds, with 95 % intervals; the first point has its own colour."""
     means = {name: [estimate(list(map(of, seeds.values()))) for of in (itemgetter("accuracy"), axis.of)]
              for name, seeds in points.items()}  # fmt: skip
-    # Neighbours have their names at different corners.
-    for corner, name in zip(itertools.cycle(CORNERS), sorted(points, key=lambda name: means[name][0].mean)):
-        accuracy, across = means[name]
+    for name, (accuracy, across) in means.items():
         ax.errorbar(
             across.mean, accuracy.mean, xerr=across.half, yerr=accuracy.half, fmt="o",
             color=OURS if name == next(iter(points)) else PLAIN, linewidth=1,
-        )  # fmt: skip
-        ax.annotate(
-            name, (across.mean, accuracy.mean), corner, textcoords="offset points", color=MUTED, fontsize="small",
-            horizontalalignment="left" if corner[0] > 0 else "right",
         )  # fmt: skip
     ax.margins(x=0.12)
     if axis.scale == "log":
@@ -96,3 +94,28 @@ def _panel(ax: Axes, points: Mapping[str, Seeds], axis: Axis, *, data: str) -> N
         ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel(axis.label)
     ax.set_ylabel(f"accuracy on {data}")
+    _names(ax, {name: (across.mean, accuracy.mean) for name, (accuracy, across) in means.items()})
+
+
+def _names(ax: Axes, dots: Mapping[str, tuple[float, float]]) -> None:
+    """A name beside every dot, at the first place where no other name is; to one further away a line leads."""
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    for _ in range(2):  # the second time in the layout that has room for names
+        figure.draw_without_rendering()
+        for text in [*ax.texts]:
+            text.remove()
+        taken: list[Bbox] = []
+        for name, dot in sorted(dots.items(), key=lambda of: of[1][1]):
+            for lines, (x, y) in ((lines, corner) for lines in itertools.count() for corner in CORNERS):
+                text = ax.annotate(
+                    name, dot, (x, y + lines * math.copysign(LINE, y)), textcoords="offset points", color=MUTED,
+                    fontsize="small", horizontalalignment="left" if x > 0 else "right",
+                    arrowprops={"arrowstyle": "-", "color": PLAIN, "linewidth": 0.5} if lines else None,
+                )  # fmt: skip
+                text.get_window_extent()  # that of the line, too; it sets the text's place
+                box = Text.get_window_extent(text)
+                if not any(box.overlaps(other) for other in taken):
+                    taken.append(box)
+                    break
+                text.remove()

@@ -290,14 +290,14 @@ def compare_command(options: CompareOptions) -> None:
         check_same_shape(a, b, names=names)
     rows = distances(a, on_first_columns(b, a.columns) if new else b, tie=options.tie)
     why = why_no_agreement(a, b)
-    chosen: dict[str, list[Choice] | None] = {}
+    chosen: dict[str, list[Choice] | str] = {}
     if options.after:
         after = [read_stats(path) for path in options.after]
         for before, probed, *of in zip((a, b), after, names, map(str, options.after), strict=True):
             check_same_shape(before, probed, names=(of[0], of[1]))
-        chosen = {"a": choices(a, after[0], share=options.share), "b": choices(b, after[1], share=options.share)}
+        chosen = {"a": _chosen(a, after[0], options), "b": _chosen(b, after[1], options)}
     elif not new:  # else layers have been chosen already
-        chosen = {"a_to_b": choices(a, b, share=options.share)}
+        chosen = {"a_to_b": _chosen(a, b, options)}
     record = {
         "a": names[0],
         "b": names[1],
@@ -305,7 +305,8 @@ def compare_command(options: CompareOptions) -> None:
         "top_k_agreement_missing": why,
         "layers": as_json(rows),
         "new_experts": as_json(new),
-        "choices": {side: as_json(by_recipe) for side, by_recipe in chosen.items()},
+        "choices": {side: None if isinstance(of, str) else as_json(of) for side, of in chosen.items()},
+        "choices_missing": next((of for of in chosen.values() if isinstance(of, str)), None),
         "same_choice": _same(chosen),
         "same_source_experts": all(row.source_a == row.source_b for row in rows if row.kind == "all"),
     }
@@ -321,10 +322,18 @@ def compare_command(options: CompareOptions) -> None:
     _print_choices(chosen, record)
 
 
-def _same(chosen: dict[str, list[Choice] | None]) -> dict[str, bool] | None:
+def _chosen(before: Stats, after: Stats, options: CompareOptions) -> list[Choice] | str:
+    """What the extender would choose, or why it can choose nothing."""
+    try:
+        return choices(before, after, share=options.share) or "the models are extended already"
+    except MoextendError as error:
+        return str(error)
+
+
+def _same(chosen: dict[str, list[Choice] | str]) -> dict[str, bool] | None:
     """Per recipe: would both pairs choose the same layers and source experts? None without two pairs."""
-    a, b = chosen.get("a"), chosen.get("b")
-    if a is None or b is None:
+    a, b = chosen.get("a", ""), chosen.get("b", "")
+    if isinstance(a, str) or isinstance(b, str):
         return None
     return {x.recipe: (x.layers, x.sources) == (y.layers, y.sources) for x, y in zip(a, b, strict=True)}
 
@@ -360,13 +369,13 @@ def _print_taken(rows: list[Taken], *, title: str) -> None:
     console().print(table)
 
 
-def _print_choices(chosen: dict[str, list[Choice] | None], record: dict[str, Any]) -> None:
+def _print_choices(chosen: dict[str, list[Choice] | str], record: dict[str, Any]) -> None:
     titles = {"a": "chosen by the first pair", "b": "chosen by the second pair", "a_to_b": "if the second were the "
               "first after the probe"}  # fmt: skip
     for side, by_recipe in chosen.items():
-        if by_recipe is None:
-            console().print("no choice of layers: the models are extended already", highlight=False)
-            return
+        if isinstance(by_recipe, str):
+            console().print(f"no choice of layers: {by_recipe}", highlight=False)
+            break
         if not any(any(choice.shift_Z) for choice in by_recipe):
             console().print("no layer's picks differ: there is nothing to choose layers by", highlight=False)
             continue

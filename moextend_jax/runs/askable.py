@@ -31,6 +31,7 @@ from moextend_jax.outside import read_small
 from moextend_jax.parameters import element_type
 from moextend_jax.runs import models_of
 from moextend_jax.runs.place import Place
+from moextend_jax.runs.results import ANSWERING
 from moextend_jax.runs.run import Arrays, Run, cpu_devices, known_settings, open_run, working
 from moextend_jax.settings import MESH, EvaluateSettings, RunSettings, build, fields
 
@@ -52,6 +53,7 @@ class Askable:
     sizes: how large batches of questions are.
     identify, is_plain, read_tokenizer: compute `identity`, `plain` and `tokenizer`, which not everything needs.
     open_base: opens the model that this one was made from, where that is at hand.
+    to_see: what to do where it does not see.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Askable:
     is_plain: Callable[[], bool]
     read_tokenizer: Callable[[], Tokenizer]
     open_base: Callable[[], Askable] | None
+    to_see: str = f"choose another --model of the run, such as {' or '.join(ANSWERING)}"
 
     def __repr__(self) -> str:
         return f"Askable({self.name!r} of {str(self.folder)!r}, {described(self.config)})"
@@ -292,6 +295,8 @@ def _of_checkpoint(checkpoint: Checkpoint, place: Place, *, mesh: Mesh, sizes: E
         identify=identify,
         read_tokenizer=read_tokenizer,
         open_base=(lambda: not_extended(opened)) if config.added else None,
+        to_see=f"`moextend import` joins {'' if 'vision' in source.parts else 'a tower (--vision) and '}"
+        "a projector (--projector) to a model",
     )
     return opened
 

@@ -184,7 +184,8 @@ def extension_problems(settings: RunSettings, names: Iterable[str], *, decoder: 
 
 
 def too_many_questions(settings: EvaluateSettings, rows: int, *, data: str = "") -> MoextendError:
-    return MoextendError(f"evaluate.questions = {settings.questions}, but {data or settings.data} has {rows} rows")
+    asked, found = f"evaluate.questions = {settings.questions}", f"{data or settings.data} has {rows} rows"
+    return MoextendError(f"{asked}, but {found}; ask at most so many")
 
 
 class Problems:

@@ -36,7 +36,7 @@ from moextend_jax.outside import read_object
 from moextend_jax.progress import preparing
 from moextend_jax.runs import results
 from moextend_jax.runs.media import with_media
-from moextend_jax.settings import RunSettings, from_config_dict
+from moextend_jax.settings import RunSettings, from_config_dict, without_effect
 from moextend_jax.sharding import parameter_shardings
 from moextend_jax.train import sinks
 
@@ -156,23 +156,42 @@ SMALL, LEAST_ROWS = 2**16, 8
 def cpu_devices(settings: RunSettings) -> int:
     """XLA devices to make of a CPU: the setting, if given. If the base's experts are small and the mesh splits rows
     over all devices: as many, up to one per core, as divide all batches into LEAST_ROWS rows or more. Else one."""
-    if settings.cpu_devices or settings.mesh.get("data") != -1 or not machine.only_cpu():
+    if settings.cpu_devices or not _devices_share_rows(settings):
         return settings.cpu_devices or 1
+    rows = rows_of_settings(settings)
+    return max(n for n in range(1, machine.cores() + 1) if n == 1 or all(of.rows == _rows_for(of, n) for of in rows))
+
+
+def idle_cores(settings: RunSettings, devices: int) -> str:
+    """Batch sizes with which twice as many CPU devices would have work, in words; "" where these are not what is
+    lacking."""
+    more = 2 * devices
+    if settings.cpu_devices or more > machine.cores() or not _devices_share_rows(settings):
+        return ""
+    needed = {of.setting: _rows_for(of, more) for of in rows_of_settings(settings) if of.rows != _rows_for(of, more)}
+    wanted = ", ".join(f"{setting} = {rows}" for setting, rows in needed.items())
+    return f"; cores left idle: {machine.cores() - devices}; {more} devices need {wanted}" if wanted else ""
+
+
+def _rows_for(of: Rows, devices: int) -> int:
+    """The next number of rows that so many CPU devices share in LEAST_ROWS or more each."""
+    step = of.parts * devices
+    return step * max(LEAST_ROWS, -(-of.rows // step))
+
+
+def _devices_share_rows(settings: RunSettings) -> bool:
+    """Whether a CPU is split among rows: its mesh says so, and the base's experts are small."""
+    if settings.mesh.get("data") != -1 or not machine.only_cpu():
+        return False
     path = folder_of(settings.base) / "config.json"
     try:
         with reading(path):
             if not path.exists():
-                return 1
+                return False
         decoder = huggingface.read_decoder_config(path.parent)
     except MoextendError:  # it holds more than a decoder, or `open_base` says what is wrong with it
-        return 1
-    if decoder.width * decoder.hidden > SMALL:
-        return 1
-    parts = [(of.rows, of.rows // of.parts) for of in rows_of_settings(settings)]
-    fits = [
-        n for n in range(1, machine.cores() + 1) if all(not rows % n and part >= LEAST_ROWS * n for rows, part in parts)
-    ]
-    return max(fits, default=1)
+        return False
+    return decoder.width * decoder.hidden <= SMALL
 
 
 def hashes_of(source: Source) -> tuple[str, dict[str, str]]:
@@ -209,8 +228,11 @@ def working(
     distributed.start(cpu_devices=cpu_devices(settings))
     mesh = make_mesh(settings.mesh)
     check_rows(rows_of_settings(settings) if rows is None else list(rows), mesh)
+    for line in without_effect(settings) if rows is None and distributed.first() else ():
+        print(f"moextend: {line}", file=sys.stderr)
     if rows is None and distributed.first() and jax.default_backend() == "cpu":
-        print(f"CPU: {machine.on_cpu(len(mesh.local_devices))}")
+        idle = idle_cores(settings, len(mesh.local_devices)) if jax.process_count() == 1 else ""
+        print(f"CPU: {machine.on_cpu(len(mesh.local_devices))}{idle}")
     with locked(workdir):
         (preemption.listen if jax.process_count() == 1 else preemption.pass_on)()
         if resume_from is not None:
