@@ -388,6 +388,8 @@ def open_built(builder: Any, split: str, *, name: str) -> Built:
     same = [other for other in builder.info.splits if SPLITS.get(other, other) == SPLITS.get(base, base)]
     if base not in same and len(same) == 1:
         split, base = same[0] + split[len(base) :], same[0]
+    if any(base_split(part) != base for part in split.split("+")):  # items would be looked up among those of the first
+        raise MoextendError(f"data set {name}: {split!r} is of several splits; take one, or slices of one")
     try:
         rows = builder.as_data_source(split=split)
     except ValueError as error:
