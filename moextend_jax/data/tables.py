@@ -40,10 +40,10 @@ def read_csv(path: Path) -> Iterator[Row]:
             first = next(lines, "")
             delimiter = max(",;\t", key=first.count)
             header = next(csv.reader([first], delimiter=delimiter), [])
-            if len(set(header)) < len(header):
-                raise MoextendError(f"{path} has two columns of one name: {', '.join(header)[:300]!a}")
             padded = bool(header[1:]) and all(name.startswith(" ") for name in header[1:])  # `a, b, c`
             header = [name.strip() for name in header]
+            if len(set(header)) < len(header):
+                raise MoextendError(f"{path} has two columns of one name: {', '.join(header)[:300]!a}")
             rows = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=padded)
             for cells in rows:
                 if not any(cells):  # a blank line, also `;;;` below the last row of a spreadsheet
