@@ -33,7 +33,7 @@ from moextend_jax.config import IMAGE, Batch, MoextendError, Recipe, Rooms
 from moextend_jax.data.conversations import Encoded, encode_row
 from moextend_jax.data.datasets import Example, Source
 from moextend_jax.data.missing import media_left_out, without_media
-from moextend_jax.data.packing import Place, Row, Sample, Shape, pack, row_of, take_out
+from moextend_jax.data.packing import Row, Sample, Shape, pack, row_of, take_out
 from moextend_jax.data.readers import Readers, given
 from moextend_jax.data.shared_memory import check_shared_memory
 from moextend_jax.data.tokenizer import Tokenizer
@@ -117,26 +117,12 @@ def batches(
     """
     check_named_media(stage, tokenizer.media)
     encode = partial(
-        encode_example,
-        stage=stage,
-        tokenizer=tokenizer,
-        recipe=recipe,
-        readers=readers,
-        parts=parts,
-        faults=faults,
+        encode_example, stage=stage, tokenizer=tokenizer, recipe=recipe, readers=readers, parts=parts, faults=faults
     )
     return _pipeline(
-        source,
-        encode,
-        stage=stage,
-        readers=readers,
-        media=tuple(tokenizer.media),
-        share=share,
-        seed=seed,
-        epochs=epochs,
-        workers=workers,
-        faults=faults,
-    )
+        source, encode, stage=stage, readers=readers, media=tuple(tokenizer.media), share=share, seed=seed,
+        epochs=epochs, workers=workers, faults=faults,
+    )  # fmt: skip
 
 
 def text_batches(
@@ -349,7 +335,7 @@ def _batch(
             for place in rows[b].places:  # no match if it is out already for another of its items
                 if not place.slots[name].start <= m < place.slots[name].stop:
                     continue
-                rows[b] = _skip(rows[b], place, fault.kind)
+                rows[b] = take_out(rows[b], place)._replace(faults_G=rows[b].faults_G + counts([fault.kind]))
                 for medium, array in arrays.items():
                     array[b, place.slots[medium]] = 0
     ids_BL, labels_BL, positions_BL, segments_BL, places_BL = (
@@ -369,20 +355,6 @@ def _batch(
     if read == sum(skipped):
         check()
     return batch._replace(faults_BG=faults_BG)
-
-
-def _skip(row: Row, place: Place, kind: str) -> Row:
-    """The row without the conversation at `place`, which is counted as skipped for a fault of `kind`."""
-    text = {name: array.copy() for name, array in zip(Row._fields[:5], row[:5], strict=True)}
-    copy = row._replace(
-        **text,
-        fused_L={name: array.copy() for name, array in row.fused_L.items()},
-        item_rows_M={name: rows_M.copy() for name, rows_M in row.item_rows_M.items()},
-        places=tuple(other for other in row.places if other is not place),
-        faults_G=row.faults_G + counts([kind]),
-    )
-    take_out(copy, place)
-    return copy
 
 
 def _check_any_good(source: Sequence[Any], encode: Callable[[Any], Sample], readers: Readers) -> None:

@@ -134,12 +134,6 @@ Readers = Mapping[str, Inputs | Features]
 left out: so a question is asked alone."""
 
 
-def with_items(batch: Batch, readers: Mapping[str, Any], rows: Mapping[str, np.ndarray]) -> Batch:
-    """The batch with the items in these rows `[B, M]` of each medium's reader, but of media whose M is 0."""
-    read = {name: readers[name].read(rows_BM) for name, rows_BM in rows.items() if rows_BM.shape[1]}
-    return given(batch, readers, read)
-
-
 def given(batch: Batch, media: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Batch:
     """The batch with these arrays of items by medium, each in the field of `Batch` that its medium, or its reader,
     names."""

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -24,6 +25,8 @@ from moextend_jax.generate import Arrays, Generator, Heads
 from moextend_jax.mesh import on_host, own_row_shards, place_rows, row_shards
 from moextend_jax.models.moextend import abstract, share_of_text
 from moextend_jax.runs.askable import Askable
+
+Started = TypeVar("Started")
 
 ROW = 256
 """Tokens of a row by which batches are measured where no length is set."""
@@ -79,27 +82,22 @@ class Asker:
           stop: called every `LOOK` tokens with a prompt's index and its ids so far; True where they are enough. A batch
             ends when each of its rows has had enough or an end; so an answer may hold ids past where it stopped.
         """
-        steps = LOOK if stop else max_new_tokens
-        begun: list[tuple[Work, list[jax.Array]]] = []
-        for work, tails, heads in self._started(prompts, room=max_new_tokens):
-            pieces = self.generator.begin(
-                self.arrays, tails, heads=heads, max_new_tokens=max_new_tokens, steps=steps
-            )  # fmt: skip
-            begun.append((work, self._until_enough(work, pieces, stop) if stop else list(pieces)))
-            if len(begun) > 1:
-                yield self._completed(*begun.pop(0))
-        for work, pieces in begun:
+        options = {"max_new_tokens": max_new_tokens, "steps": LOOK if stop else max_new_tokens}
+
+        def begun() -> Iterator[tuple[Work, list[Any]]]:
+            for work, tails, heads in self._started(prompts, room=max_new_tokens):
+                pieces = self.generator.begin(self.arrays, tails, heads=heads, **options)
+                yield work, self._until_enough(work, pieces, stop) if stop else list(pieces)
+
+        for work, pieces in _one_behind(begun()):
             yield self._completed(work, pieces)
 
     def score(self, prompts: Sequence[Prompt]) -> Iterator[list[tuple[int, float, bool]]]:
         """Scores of the prompts' targets, a batch at a time, in the order of the plan: a prompt's index, the
         log-likelihood of all its targets in nats, and whether each of them is the likeliest id."""
-        begun: list[tuple[Work, jax.Array, jax.Array]] = []
-        for work, tails, heads in self._started(prompts, room=0):
-            begun.append((work, *self.generator.score(self.arrays, tails, heads=heads)))
-            if len(begun) > 1:
-                yield self._scored(prompts, *begun.pop(0))
-        for work, nats, likeliest in begun:
+        started = self._started(prompts, room=0)
+        begun = ((work, *self.generator.score(self.arrays, tails, heads=heads)) for work, tails, heads in started)
+        for work, nats, likeliest in _one_behind(begun):
             yield self._scored(prompts, work, nats, likeliest)
 
     # --- results ------------------------------------------------------------------------------------------------------
@@ -148,12 +146,9 @@ class Asker:
             return _tails(prompts, work, own), readings
 
         with ThreadPoolExecutor(1) as pool:
-            coming = pool.submit(host_batches, works[0]) if works else None
-            for n, work in enumerate(works):
+            for work, made in _one_behind((work, pool.submit(host_batches, work)) for work in works):
                 preemption.stop_if_told()
-                assert coming is not None
-                tails, readings = coming.result()
-                coming = pool.submit(host_batches, works[n + 1]) if n + 1 < len(works) else None
+                tails, readings = made.result()
                 yield work, place_rows(tails, self.mesh), self._read(prompts, work, own, readings)
 
     def _heads(self, prompts, work: Work, own: tuple[int, ...], reading: int, rooms: Rooms) -> tuple[Batch, np.ndarray]:
@@ -216,6 +211,11 @@ def asker_of(opened: Askable, *, readers: Mapping[str, Reader] | None = None) ->
         media=tuple(opened.tokenizer.media),
         readers=readers or {},
     )
+
+
+def _one_behind(started: Iterable[Started]) -> Iterator[Started]:
+    """Each once the next one is started, which then goes on while this one is waited for."""
+    return (one for one, _ in itertools.pairwise(itertools.chain(started, (None,))))
 
 
 def _tails(prompts: Sequence[Prompt], work: Work, own: tuple[int, ...]) -> Batch:

@@ -13,11 +13,12 @@ import numpy as np
 from PIL import Image
 
 from moextend_jax import distributed
-from moextend_jax.config import IGNORE, IMAGE, Batch, Medium, MoextendError, first_places
-from moextend_jax.data.conversations import Encoded, encode_dialogue, in_row, text_batch
+from moextend_jax.config import IGNORE, IMAGE, Batch, Medium, MoextendError
+from moextend_jax.data.conversations import Encoded, encode_dialogue
 from moextend_jax.data.readers import given
 from moextend_jax.data.writing import Spans
 from moextend_jax.evaluate.asking import generator_of
+from moextend_jax.evaluate.prompts import Prompt, prompt_batch
 from moextend_jax.generate import Sampling
 from moextend_jax.media import KINDS
 from moextend_jax.media.image import as_rgb, decode_image, is_finite, turned
@@ -64,12 +65,9 @@ def speak(
     batch, before = batch_of(opened, asked, shown), text_before(opened, asked, plain=plain)
     ids = [] if ids is None else ids
     printed = ""
+    placed = place_whole(batch, opened.mesh)
     for ids_B in generator_of(opened).stream(
-        opened.arrays,
-        place_whole(batch, opened.mesh),
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        seed=seed,
+        opened.arrays, placed, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed
     ):
         if ids_B[0] in opened.tokenizer.ends:
             break
@@ -175,19 +173,14 @@ def is_question(opened: Askable, text: str, items: Items) -> bool:
 
 def batch_of(opened: Askable, prompt: Encoded, shown: Shown) -> Batch:
     """The prompt as row 0 of a batch, on the host; the mesh's other row shards get a row without tokens each."""
-    rows, length = row_shards(opened.mesh), -(-len(prompt.ids_L) // BUCKET) * BUCKET
-    empty = ((0, rows - 1), (0, length - len(prompt.ids_L)))
-    arrays = {name: np.pad(of[None], ((0, rows - 1), *[(0, 0)] * of.ndim)) for name, of in shown.arrays.items()}
-    media = opened.config.media
+    media, rows = opened.config.media, row_shards(opened.mesh)
     rooms = {name: media[name].room(len(shown.arrays[name])) for name in media if name in shown.arrays}
-
-    def placed(places_L: np.ndarray) -> np.ndarray:
-        own_L = in_row(places_L, first=first_places(rooms), media=tuple(opened.tokenizer.media))
-        return np.pad(own_L[None], empty, constant_values=-1)
-
-    text = text_batch(*(np.pad(row_L[None], empty) for row_L in (prompt.ids_L, np.ones_like(prompt.ids_L))))
-    fused = {name: placed(of_L) for name, of_L in prompt.fused.items()}
-    return given(text._replace(places_BL=placed(prompt.places_L), fused=fused), media, arrays)
+    batch = prompt_batch(
+        {0: Prompt(ids_L=prompt.ids_L, places_L=prompt.places_L, fused=prompt.fused)}, readers={}, rooms=rooms,
+        media=tuple(opened.tokenizer.media), rows=rows, length=-(-len(prompt.ids_L) // BUCKET) * BUCKET,
+    )  # fmt: skip
+    arrays = {name: np.pad(of[None], ((0, rows - 1), *[(0, 0)] * of.ndim)) for name, of in shown.arrays.items()}
+    return given(batch, media, arrays)
 
 
 class Shown(NamedTuple):
