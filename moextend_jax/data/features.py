@@ -135,7 +135,29 @@ def cache_features(
         raise MoextendError(f"no items to cache features of in {path}")
     path = Path(path)
     with in_turn(path):  # two chains of `continual` want the same at the same time
-        return _cached_or_made(inputs, path, compute, fingerprint_of(inputs, tower=tower), batch_size, faults)
+        # Remove what killed processes left. No other process is writing, for it is this one's turn.
+        for left in path.parent.iterdir() if distributed.first() else ():
+            if left.name.startswith(f"{path.name}.unfinished-"):
+                shutil.rmtree(left, ignore_errors=True)
+        fingerprint = fingerprint_of(inputs, tower=tower)
+        # Process 0's look decides: on another host the files may have other times.
+        if name := distributed.from_first(lambda: _cached(path, fingerprint, inputs)):
+            store = FeatureStore.open(path.with_name(name))
+            refuse(store.faults.values(), faults, where=f"feature cache {path}")
+            return store
+        unfinished = path.with_name(f"{path.name}.unfinished-{os.getpid()}")
+        try:
+            keys, bad = _write(unfinished, inputs, compute, batch_size, faults)
+            if distributed.first():
+                facts = {"fingerprint": fingerprint, "keys": keys, "faults": bad}
+                (unfinished / "cache.json").write_text(json.dumps(facts))
+                shutil.rmtree(path, ignore_errors=True)
+                unfinished.rename(path)
+        finally:
+            if distributed.first():  # on another host a process with this id may still write
+                shutil.rmtree(unfinished, ignore_errors=True)
+        distributed.barrier(f"cached {path}")
+        return FeatureStore.open(path)
 
 
 def fingerprint_of(inputs: Inputs, *, tower: str) -> dict[str, Any]:
@@ -147,33 +169,6 @@ def is_cached(inputs: Inputs, *, path: Path, tower: str) -> bool:
     """Whether `cache_features` would find these items' features, in `path` or beside it."""
     fingerprint = fingerprint_of(inputs, tower=tower)
     return bool(distributed.from_first(lambda: _cached(path, fingerprint, inputs)))
-
-
-def _cached_or_made(
-    inputs: Inputs, path: Path, compute, fingerprint: dict[str, Any], batch_size, faults: FaultSettings
-) -> FeatureStore:
-    # Remove what killed processes left. No other process is writing, for it is this one's turn.
-    for left in path.parent.iterdir() if distributed.first() else ():
-        if left.name.startswith(f"{path.name}.unfinished-"):
-            shutil.rmtree(left, ignore_errors=True)
-    # Process 0's look decides: on another host the files may have other times.
-    if name := distributed.from_first(lambda: _cached(path, fingerprint, inputs)):
-        store = FeatureStore.open(path.with_name(name))
-        refuse(store.faults.values(), faults, where=f"feature cache {path}")
-        return store
-    unfinished = path.with_name(f"{path.name}.unfinished-{os.getpid()}")
-    try:
-        keys, bad = _write(unfinished, inputs, compute, batch_size, faults)
-        if distributed.first():
-            facts = {"fingerprint": fingerprint, "keys": keys, "faults": bad}
-            (unfinished / "cache.json").write_text(json.dumps(facts))
-            shutil.rmtree(path, ignore_errors=True)
-            unfinished.rename(path)
-    finally:
-        if distributed.first():  # on another host a process with this id may still write
-            shutil.rmtree(unfinished, ignore_errors=True)
-    distributed.barrier(f"cached {path}")
-    return FeatureStore.open(path)
 
 
 def _cached(path: Path, fingerprint: dict[str, Any], inputs: Inputs) -> str:

@@ -25,7 +25,7 @@ from moextend_jax.data.forms import DEPTH
 from moextend_jax.data.json_values import unreadable
 from moextend_jax.data.records import read_row, row_of
 from moextend_jax.data.shards import Span
-from moextend_jax.faults import MOST_BYTES, Fault
+from moextend_jax.faults import MOST_BYTES, Fault, wrong_size
 from moextend_jax.folders import folder, is_url
 
 BESIDE = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".JPG", ".JPEG", ".PNG", ".wav", ".flac", ".ogg", ".npz", ".npy")
@@ -185,8 +185,8 @@ def _missing(folder: Path, name: str, noun: str, *, hint: str = "") -> Fault:
 
 
 def _check_size(size: int, what: str, *, id: str) -> None:
-    if not 0 < size <= MOST_BYTES:
-        raise Fault(f"{what} has {size} bytes", "oversized" if size else "empty_file", id)
+    if kind := wrong_size(size):
+        raise Fault(f"{what} has {size} bytes", kind, id)
 
 
 def _check_name(folder: Path, name: str, anywhere: bool, noun: str) -> None:
@@ -251,7 +251,7 @@ def _sound_file(homes: Iterable[str], name: str) -> os.stat_result | None:
             continue
         except (OSError, ValueError):
             return None
-        return file if stat.S_ISREG(file.st_mode) and 0 < file.st_size <= MOST_BYTES else None
+        return file if stat.S_ISREG(file.st_mode) and not wrong_size(file.st_size) else None
     return None
 
 

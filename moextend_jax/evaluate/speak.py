@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -146,23 +146,18 @@ def text_before(opened: Askable, asked: Encoded, *, plain: bool | None) -> list[
     return asked.ids_L[-1:].tolist() if is_plain(opened, plain) else []
 
 
-def told(opened: Askable, system: str | None, text: str, spans: Spans) -> str | list[Turn]:
+def told(opened: Askable, system: str | None, text: str, items: Mapping[str, Sized]) -> str | list[Turn]:
     """A question after what the model is told first, if anything."""
-    return [{"from": "system", "value": system}, question(opened, text, spans)] if system else text
+    return [{"from": "system", "value": system}, question(opened, text, items)] if system else text
 
 
-def one_each(items: Items) -> dict[str, list[int]]:
-    """Placeholder spans to lay out a question before its items are read: only their number matters there."""
-    return {name: [1] * len(of) for name, of in items.items()}
-
-
-def question(opened: Askable, text: str, spans: Spans) -> Turn:
-    """A turn that asks; without any mark of a medium its items go first, media in the model's order. Nothing need be
-    typed beside a sound, which may be the question."""
+def question(opened: Askable, text: str, items: Mapping[str, Sized]) -> Turn:
+    """A turn that asks about these items, or their spans; without any mark of a medium its items go first, media in the
+    model's order. Nothing need be typed beside a sound, which may be the question."""
     known, typed = opened.tokenizer.media, text
-    for name in reversed([*(name for name in known if name in spans), *(name for name in spans if name not in known)]):
+    for name in reversed([*(name for name in known if name in items), *(name for name in items if name not in known)]):
         mark = known[name].mark if name in known else ""
-        text = text if mark and mark in text else f"{mark}\n" * len(spans[name]) + text
+        text = text if mark and mark in text else f"{mark}\n" * len(items[name]) + text
     return {"from": "human", "value": text if typed else text.removesuffix("\n")}
 
 
