@@ -34,7 +34,7 @@ from moextend_jax.data.conversations import Encoded, encode_row
 from moextend_jax.data.datasets import Example, Source
 from moextend_jax.data.missing import media_left_out, without_media
 from moextend_jax.data.packing import Row, Sample, Shape, pack, row_of, take_out
-from moextend_jax.data.readers import Readers, given
+from moextend_jax.data.readers import Faults, Readers, given
 from moextend_jax.data.shared_memory import check_shared_memory
 from moextend_jax.data.tokenizer import Tokenizer
 from moextend_jax.faults import STRICT, Fault, counts, described
@@ -323,15 +323,11 @@ def _batch(
     rows = [rows[b] if b < len(rows) else empty for b in share.of_rows(stage.batch_size)]
     arrays = {}
     for name in shape.rooms:
-        bad: dict[tuple[int, int], Fault] = {}
-
-        def on_fault(slot: tuple[int, int], fault: Fault, bad: dict[tuple[int, int], Fault] = bad) -> None:
+        bad: Faults = {}
+        arrays[name] = readers[name].read(np.stack([row.item_rows_M[name] for row in rows]), bad)
+        for (b, m), fault in bad.items():
             if not faults.skips(fault):
                 raise fault
-            bad[slot] = fault
-
-        arrays[name] = readers[name].read(np.stack([row.item_rows_M[name] for row in rows]), on_fault)
-        for (b, m), fault in bad.items():
             for place in rows[b].places:  # no match if it is out already for another of its items
                 if not place.slots[name].start <= m < place.slots[name].stop:
                     continue

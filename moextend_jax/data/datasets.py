@@ -219,15 +219,9 @@ def open_dataset(
 
 
 def _open(
-    name: str,
-    *,
-    split: str,
-    data_dir: Path,
-    manual_dir: Path | str | None,
-    images: Path | str | None,
-    media: Named[Medium],
-    faults: FaultSettings,
-) -> Source:
+    name: str, *, split: str, data_dir: Path, manual_dir: Path | str | None, images: Path | str | None,
+    media: Named[Medium], faults: FaultSettings,
+) -> Source:  # fmt: skip
     items = {of: Items((), kind=medium.kind) for of, medium in media.items()}
     if is_packaged(name):
         family, config = family_of(name)

@@ -43,18 +43,12 @@ class FeatureStore:
     faults: dict[str, Fault] = field(default_factory=dict)
 
     @staticmethod
-    def open(path: Path | str, *, fingerprint: dict[str, Any] | None = None) -> FeatureStore:
-        """Opens a cache; with a `fingerprint`, refuses one that was made with other settings."""
-        path = Path(path)
+    def open(path: Path) -> FeatureStore:
         try:
             facts = json.loads((path / "cache.json").read_text())
             features_nPC = np.asarray(np.load(path / "features.npy", mmap_mode="r"))
         except (OSError, ValueError) as error:
             raise MoextendError(f"no feature cache in {path}: {error}") from error
-        if fingerprint is not None and fingerprint != facts["fingerprint"]:
-            raise MoextendError(
-                f"feature cache {path} was made with {facts['fingerprint']}, wanted {fingerprint}; make it again"
-            )
         rows = {key: row for row, key in enumerate(facts["keys"])}
         faults = {key: Fault(*fault) for key, fault in facts.get("faults", {}).items()}
         return FeatureStore(
@@ -180,13 +174,15 @@ def _cached(path: Path, fingerprint: dict[str, Any], inputs: Inputs) -> str:
 
 
 def _fits(path: Path, fingerprint: dict[str, Any], inputs: Inputs) -> bool:
-    """Whether there is a cache of these items, and those noted as faulty in it are still faulty: an item that has been
-    mended needs features."""
+    """Whether there is a cache of these items, made so, and those noted as faulty in it are still faulty: an item that
+    has been mended needs features."""
     try:
-        store = FeatureStore.open(path, fingerprint=fingerprint)
+        store = FeatureStore.open(path)
     except MoextendError:
-        return False  # not there, stale or broken
-    return all(isinstance(_prepare(inputs, store.rows[key]), Fault) for key in store.faults)
+        return False  # not there, or broken
+    return store.fingerprint == fingerprint and all(
+        isinstance(_prepare(inputs, store.rows[key]), Fault) for key in store.faults
+    )
 
 
 def _write(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import itertools
 import os
 import stat
@@ -49,7 +48,7 @@ class ItemFolder(NamedTuple):
         """Of every name, in their order."""
         for in_record, some in itertools.groupby(names, key=lambda name: row_of(name) is not None):
             if in_record:
-                yield from map(functools.partial(self._look_at_row, noun=noun), some)
+                yield from (self._look_at_row(name, noun) for name in some)
             elif is_url(self.path):
                 yield from look_in_bucket(self.path, some, noun=noun)
             else:
