@@ -72,15 +72,9 @@ def text_batch(ids_BL: np.ndarray, mask_BL: np.ndarray) -> Batch:
 
 
 def encode_conversation(
-    turns: Sequence[dict[str, Any]],
-    *,
-    example_id: str,
-    items: Spans,
-    tokenizer: Tokenizer,
-    recipe: Recipe,
-    length: int | None = None,
-    too_long: Literal["error", "drop_turns"] = "error",
-) -> Encoded:
+    turns: Sequence[dict[str, Any]], *, example_id: str, items: Spans, tokenizer: Tokenizer, recipe: Recipe,
+    length: int | None = None, too_long: Literal["error", "drop_turns"] = "error",
+) -> Encoded:  # fmt: skip
     """Ids and labels of a conversation that has these items.
 
     `length` None means no limit. `drop_turns` leaves out whole trailing question-answer pairs until the rest
@@ -179,17 +173,9 @@ def _without_fused(talk: Talk, tokenizer: Tokenizer) -> Talk:
 
 
 def encode_row(
-    turns: Sequence[dict[str, Any]],
-    *,
-    example_id: str,
-    items: Spans,
-    tokenizer: Tokenizer,
-    recipe: Recipe,
-    length: int,
-    rooms: Rooms,
-    too_long: Literal["error", "drop_turns"] = "error",
-    parts: Parts = "conversation",
-) -> Encoded:
+    turns: Sequence[dict[str, Any]], *, example_id: str, items: Spans, tokenizer: Tokenizer, recipe: Recipe,
+    length: int, rooms: Rooms, too_long: Literal["error", "drop_turns"] = "error", parts: Parts = "conversation",
+) -> Encoded:  # fmt: skip
     """What a stage feeds of an example: the conversation, or its bare question; it fits a row, or is a `Fault`."""
     encode = encode_bare_question if parts == "bare_question" else partial(encode_conversation, too_long=too_long)
     encoded = encode(turns, example_id=example_id, items=items, tokenizer=tokenizer, recipe=recipe, length=length)
@@ -241,14 +227,9 @@ def _asking(talk: Talk, *, tokenizer: Tokenizer, recipe: Recipe, items: Spans) -
 
 
 def encode_bare_question(
-    turns: Sequence[dict[str, Any]],
-    *,
-    example_id: str,
-    items: Spans,
-    tokenizer: Tokenizer,
-    recipe: Recipe,
+    turns: Sequence[dict[str, Any]], *, example_id: str, items: Spans, tokenizer: Tokenizer, recipe: Recipe,
     length: int | None = None,
-) -> Encoded:
+) -> Encoded:  # fmt: skip
     """BOS and the first human turn alone, no template, no answer: what the released code feeds to count routing."""
     talk = _talk(turns, example_id, tokenizer)
     _check_marks([talk.pairs[0][0]], items, tokenizer, example_id)

@@ -103,8 +103,10 @@ class Asker:
     # --- results ------------------------------------------------------------------------------------------------------
 
     def _completed(self, work: Work, pieces: Sequence[jax.Array]) -> list[tuple[int, list[int]]]:
-        ids_BL = np.concatenate([on_host(piece) for piece in pieces], axis=1)
-        return [(n, _before_end(ids_BL[row], self.ends)) for n, row in _placed(work)]
+        answers = np.concatenate([on_host(piece) for piece in pieces], axis=1).tolist()
+        return [
+            (n, list(itertools.takewhile(lambda id: id not in self.ends, answers[row]))) for n, row in _placed(work)
+        ]
 
     def _until_enough(
         self, work: Work, pieces: Iterator[jax.Array], stop: Callable[[int, list[int]], bool]
@@ -235,8 +237,3 @@ def _placed(work: Work) -> Iterator[tuple[int, int]]:
     """Index of every prompt of the batch, and its row in the batch of all processes."""
     for part, indices in enumerate(work.prompts):
         yield from ((n, part * work.rows + row) for row, n in enumerate(indices))
-
-
-def _before_end(ids_L: np.ndarray, ends: tuple[int, ...]) -> list[int]:
-    ended = np.flatnonzero(np.isin(ids_L, ends))
-    return ids_L[: ended[0]].tolist() if len(ended) else ids_L.tolist()
