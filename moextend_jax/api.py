@@ -27,7 +27,6 @@ from moextend_jax.evaluate.speak import (
     Picture,
     Turn,
     encoded,
-    one_each,
     show,
     speak,
     text_before,
@@ -104,7 +103,7 @@ class Model:
         _check_drawn(max_new_tokens=max_new_tokens, seed=seed, temperature=temperature, top_k=top_k)
         every = shown(image, items)
         return speak(
-            self._opened, told(self._opened, system, text, one_each(every)), items=every, plain=plain, seed=seed,
+            self._opened, told(self._opened, system, text, every), items=every, plain=plain, seed=seed,
             max_new_tokens=max_new_tokens, sampling=Sampling(temperature, top_k),
         )  # fmt: skip
 
@@ -138,7 +137,7 @@ class Model:
         for one in (text, *(() if answer is None else (answer,))):
             _check_text(one)
         opened, every = self._opened, shown(image, items)
-        turns = told(opened, system, text, one_each(every))
+        turns = told(opened, system, text, every)
         return routing_of(opened, turns, items=every, answer=answer, plain=plain)
 
     def _together(self, texts: Sequence[str], each: Sequence[Items], **options: Any) -> list[str]:

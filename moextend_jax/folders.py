@@ -15,6 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, cast
 
 from etils import epath
@@ -139,3 +140,11 @@ def extra_hint(name: str) -> str:
     """What to type to get an extra of this package ("": what it always needs). The package need be on no registry: pip
     takes the installed one, and adds what it lacks."""
     return f'pip install "moextend-jax[{name}]"' if name else "pip install moextend-jax"
+
+
+def package(name: str, *, of: str, install: str) -> ModuleType:
+    """A package that the data set `of` is made from; `install` says how to get it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise MoextendError(f"data set {of} needs the package {name.replace('_', '-')}; {install}") from error

@@ -134,6 +134,14 @@ def test_what_another_process_builds_just_before_one_looks_is_opened(tmp_path, m
     assert len(builders.open_built(early, "train", name="easy_vqa").rows) == 3
 
 
+def test_rows_of_several_splits_are_refused(tmp_path, monkeypatch):
+    """Questions of the test split would be asked about pictures of the training split: each split counts its own."""
+    tiny.shorten_easy_vqa(monkeypatch, train=3, test=2)
+    with pytest.raises(MoextendError, match=r"'train\[:1\]\+test' is of several splits; take one, or slices of one"):
+        open_dataset("easy_vqa/questions", split="train[:1]+test", data_dir=tmp_path)
+    assert len(open_dataset("easy_vqa/questions", split="train[2:]+train[:1]", data_dir=tmp_path)) == 2
+
+
 def test_building_and_opening_leave_nothing_in_the_folder_for_temporary_files(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()

@@ -431,6 +431,7 @@ def parquet_bytes() -> bytes:
         ("a.jsonl", "", "holds no entries"),
         ("a.csv", "", "holds no entries"),
         ("a.csv", "question,question\na,b\n", "two columns of one name"),
+        ("a.csv", "question, answer,answer\na, b,c\n", "two columns of one name"),
         ("a.csv", 'question,answer\na,"b\n', "is not CSV: unexpected end of data"),
         ("a.parquet", "PAR1 and no more", "cannot read .*a.parquet"),
         ("a.parquet", b"", "cannot read .*a.parquet"),

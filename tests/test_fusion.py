@@ -132,7 +132,7 @@ def test_rows_say_which_token_gets_which():
         assert touched[here >= 0].tolist() == expected and (touched[here < 0] == -1).all()
     assert row.item_rows_M["touch"].tolist() == [9, -1]
     (place,) = [place for place in row.places if place.slots["touch"].stop > place.slots["touch"].start]
-    take_out(row, place)
+    row = take_out(row, place)
     assert (row.fused_L["touch"] == -1).all()
 
 

@@ -269,7 +269,7 @@ def test_what_is_taken_out_takes_the_items_of_both_with_it():
     (row,) = pack(items, shape=shape(200), conversations_per_row=0)
     gone, stays = sorted(row.places, key=lambda place: place.example)
     before = row.places_L[stays.positions].copy()
-    take_out(row, gone)
+    row = take_out(row, gone)
     assert not row.segments_L[gone.positions].any() and (row.places_L[gone.positions] == -1).all()
     assert {name: sorted(rows_M[rows_M >= 0]) for name, rows_M in row.item_rows_M.items()} == items[1].rows
     np.testing.assert_array_equal(row.places_L[stays.positions], before)

@@ -26,7 +26,7 @@ from moextend_jax import cli
 from moextend_jax.commands import prompts_of
 from moextend_jax.config import RECIPES, Medium, MoextendError, VisionConfig
 from moextend_jax.evaluate.routed import Routing, routing_of
-from moextend_jax.evaluate.speak import is_question, one_each, question, speak
+from moextend_jax.evaluate.speak import is_question, question, speak
 from moextend_jax.runs.askable import choices
 from moextend_jax.runs.place import Place
 from moextend_jax.runs.run import Run
@@ -194,7 +194,7 @@ def test_a_spoken_question_of_one_of_two_media_of_sounds():
     assert items == {"speech": files[:1], "image": files[1:]} == items_of(opened, files[::-1], medium="speech")
     assert items_of(opened, files[1:], medium="speech") == {"image": files[1:]}
     # As in training, whatever was shown first.
-    assert question(opened, "", one_each(items))["value"] == "<image>\n<audio:speech>"
+    assert question(opened, "", items)["value"] == "<image>\n<audio:speech>"
     assert question(opened, "what?\n", {"speech": [1]})["value"] == "<audio:speech>\nwhat?\n"
     asks = [is_question(opened, *of) for of in (("", items), ("", {"image": files}), (" ", {}), ("a", {}))]
     assert asks == [True, False, False, True]

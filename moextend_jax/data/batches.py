@@ -33,8 +33,8 @@ from moextend_jax.config import IMAGE, Batch, MoextendError, Recipe, Rooms
 from moextend_jax.data.conversations import Encoded, encode_row
 from moextend_jax.data.datasets import Example, Source
 from moextend_jax.data.missing import media_left_out, without_media
-from moextend_jax.data.packing import Place, Row, Sample, Shape, pack, row_of, take_out
-from moextend_jax.data.readers import Readers, given
+from moextend_jax.data.packing import Row, Sample, Shape, pack, row_of, take_out
+from moextend_jax.data.readers import Faults, Readers, given
 from moextend_jax.data.shared_memory import check_shared_memory
 from moextend_jax.data.tokenizer import Tokenizer
 from moextend_jax.faults import STRICT, Fault, counts, described
@@ -117,26 +117,12 @@ def batches(
     """
     check_named_media(stage, tokenizer.media)
     encode = partial(
-        encode_example,
-        stage=stage,
-        tokenizer=tokenizer,
-        recipe=recipe,
-        readers=readers,
-        parts=parts,
-        faults=faults,
+        encode_example, stage=stage, tokenizer=tokenizer, recipe=recipe, readers=readers, parts=parts, faults=faults
     )
     return _pipeline(
-        source,
-        encode,
-        stage=stage,
-        readers=readers,
-        media=tuple(tokenizer.media),
-        share=share,
-        seed=seed,
-        epochs=epochs,
-        workers=workers,
-        faults=faults,
-    )
+        source, encode, stage=stage, readers=readers, media=tuple(tokenizer.media), share=share, seed=seed,
+        epochs=epochs, workers=workers, faults=faults,
+    )  # fmt: skip
 
 
 def text_batches(
@@ -339,19 +325,15 @@ def _batch(
     rows = [rows[b] if b < len(rows) else empty for b in share.of_rows(stage.batch_size)]
     arrays = {}
     for name in shape.rooms:
-        bad: dict[tuple[int, int], Fault] = {}
-
-        def on_fault(slot: tuple[int, int], fault: Fault, bad: dict[tuple[int, int], Fault] = bad) -> None:
+        bad: Faults = {}
+        arrays[name] = readers[name].read(np.stack([row.item_rows_M[name] for row in rows]), bad)
+        for (b, m), fault in bad.items():
             if not faults.skips(fault):
                 raise fault
-            bad[slot] = fault
-
-        arrays[name] = readers[name].read(np.stack([row.item_rows_M[name] for row in rows]), on_fault)
-        for (b, m), fault in bad.items():
             for place in rows[b].places:  # no match if it is out already for another of its items
                 if not place.slots[name].start <= m < place.slots[name].stop:
                     continue
-                rows[b] = _skip(rows[b], place, fault.kind)
+                rows[b] = take_out(rows[b], place)._replace(faults_G=rows[b].faults_G + counts([fault.kind]))
                 for medium, array in arrays.items():
                     array[b, place.slots[medium]] = 0
     ids_BL, labels_BL, positions_BL, segments_BL, places_BL = (
@@ -371,20 +353,6 @@ def _batch(
     if read == sum(skipped):
         check()
     return batch._replace(faults_BG=faults_BG)
-
-
-def _skip(row: Row, place: Place, kind: str) -> Row:
-    """The row without the conversation at `place`, which is counted as skipped for a fault of `kind`."""
-    text = {name: array.copy() for name, array in zip(Row._fields[:5], row[:5], strict=True)}
-    copy = row._replace(
-        **text,
-        fused_L={name: array.copy() for name, array in row.fused_L.items()},
-        item_rows_M={name: rows_M.copy() for name, rows_M in row.item_rows_M.items()},
-        places=tuple(other for other in row.places if other is not place),
-        faults_G=row.faults_G + counts([kind]),
-    )
-    take_out(copy, place)
-    return copy
 
 
 def _check_any_good(source: Sequence[Any], encode: Callable[[Any], Sample], readers: Readers) -> None:

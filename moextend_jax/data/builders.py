@@ -98,7 +98,7 @@ def _row(
 ) -> dict[str, Any]:
     images = [ref for ref in refs if ref.mark == IMAGE_MARK]
     others = [list(ref) for ref in refs if ref.mark != IMAGE_MARK]
-    more = ({"fault": written(fault)} if fault else {}) | ({"items": others} if others else {})
+    more = ({"fault": [str(fault), fault.kind, fault.id]} if fault else {}) | ({"items": others} if others else {})
     return {
         "id": id,
         "conversations": json.dumps({**more, "turns": conversations} if more else conversations),
@@ -113,13 +113,14 @@ def _item_row(key: str, content: Content | None) -> dict[str, Any]:
     return {"id": key, "image": content if isinstance(content, bytes) else b"", "span": span}
 
 
-def written(fault: Fault) -> list[str]:
-    """A fault in JSON."""
-    return [str(fault), fault.kind, fault.id]
+def talk_of_row(conversations: str | bytes) -> dict[str, Any]:
+    """`{turns, items, fault}` of a row, items and fault where it has them."""
+    talk = json.loads(conversations)
+    return talk if isinstance(talk, dict) else {"turns": talk}
 
 
 def _noted(
-    builder: tfds.core.DatasetBuilder, split: str, rows: Iterable[tuple[dict[str, Any], Fault | None]]
+    builder: tfds.core.DatasetBuilder, split: str, rows: Iterable[dict[str, Any]]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows, numbered. After the last one the split's `fingerprint`, `faults` (by row), `stored` and, if there are
     other marks than that of images, `marks` go into the metadata.
@@ -127,14 +128,14 @@ def _noted(
     The fingerprint is of contents alone: it is the same wherever the files lie, whenever they were written.
     """
     digest, faults, stored, marks = hashlib.sha256(), {}, 0, {}
-    for number, (row, fault) in enumerate(rows):
-        if fault is not None:
-            faults[str(number)] = written(fault)
+    for number, row in enumerate(rows):
+        talk = talk_of_row(row.get("conversations", "[]"))
+        if "fault" in talk:
+            faults[str(number)] = talk["fault"]
         stored += bool(row.get("image"))
-        others = _others(row)
-        for mark, *_ in others:
+        for mark, *_ in talk.get("items", []):
             marks.setdefault(mark, row["id"])
-        digest.update(_identity(row, fault, others))
+        digest.update(_identity(row, talk))
         yield number, row
     assert builder.info.metadata is not None
     notes = {"fingerprint": digest.hexdigest(), "faults": faults, "stored": stored}
@@ -142,20 +143,13 @@ def _noted(
     builder.info.metadata[split] = notes  # pyright: ignore[reportIndexIssue]
 
 
-def _others(row: dict[str, Any]) -> list[list[Any]]:
-    """`[mark, key, row]` of its items that are no images."""
-    talk = json.loads(row.get("conversations", "[]"))
-    return talk.get("items", []) if isinstance(talk, dict) else []
-
-
-def _identity(row: dict[str, Any], fault: Fault | None, others: list[list[Any]]) -> bytes:
+def _identity(row: dict[str, Any], talk: dict[str, Any]) -> bytes:
     if "image" in row:
         return json.dumps([row["id"], hashlib.sha256(row["image"]).hexdigest()]).encode()
-    talk = json.loads(row["conversations"])
-    turns = talk["turns"] if isinstance(talk, dict) else talk
-    if fault is not None:  # its message names the file
-        turns = [fault.kind, turns]
-    keys = [[mark, key] for mark, key, _ in others]
+    turns = talk["turns"]
+    if "fault" in talk:  # its kind alone: its message names the file
+        turns = [talk["fault"][1], turns]
+    keys = [[mark, key] for mark, key, _ in talk.get("items", [])]
     return json.dumps([row["id"], turns, row["images"], *([keys] if keys else [])]).encode()
 
 
@@ -198,7 +192,7 @@ class EasyVqa(_Builder):
             **{name: functools.partial(_easy_questions, answers=of) for name, of in easy_vqa.KINDS.items()},
         }
         rows = _easy_pictures(split, refs) if holds_items(_config(self)) else generate[_config(self)](turns, refs)
-        yield from _noted(self, split, ((row, None) for row in rows))
+        yield from _noted(self, split, rows)
 
 
 def _easy_refs(split: str, turns: Iterable[int]) -> dict[int, BuiltRef]:
@@ -253,7 +247,7 @@ class Sounds(_Builder, skip_registration=True):
         return {split: self._generate_examples(split) for split in FAMILIES[self.family].splits}
 
     def _generate_examples(self, split) -> Iterator[tuple[int, dict[str, Any]]]:
-        yield from _noted(self, split, ((row, None) for row in _sound_rows(self.family, _config(self), split)))
+        yield from _noted(self, split, _sound_rows(self.family, _config(self), split))
 
 
 def _sound_rows(name: str, config: str, split: str) -> Iterator[dict[str, Any]]:
@@ -275,9 +269,8 @@ def _of_family(name: str) -> type[Sounds]:
     family = FAMILIES[name]
     items = ("images", config_of(family.mark)) if family.has_pictures else (config_of(family.mark),)
     configs = [tfds.core.BuilderConfig(name=config, description=name) for config in (*family.talks, *items)]
-    return type(
-        name.title().replace("_", ""), (Sounds,), {"family": name, "BUILDER_CONFIGS": configs}, skip_registration=True
-    )
+    own = {"family": name, "BUILDER_CONFIGS": configs}
+    return type(name.title().replace("_", ""), (Sounds,), own, skip_registration=True)
 
 
 NO_ITEM = ""
@@ -312,25 +305,25 @@ def items_builder(mark: str, **options: Any) -> Conversations:
     return builder
 
 
-def _rows(entries: Iterable[Entry]) -> Iterator[tuple[dict[str, Any], Fault | None]]:
+def _rows(entries: Iterable[Entry]) -> Iterator[dict[str, Any]]:
     rows: dict[str, dict[str, int]] = {}  # of each mark, by the names of items
     for entry in entries:
         refs = []
         for mark, name in entry.items:
             of_mark = rows.setdefault(mark, {})
             refs.append(BuiltRef(mark, name, of_mark.setdefault(name, len(of_mark))))
-        yield _row(entry.id, entry.turns, refs, entry.fault), entry.fault
+        yield _row(entry.id, entry.turns, refs, entry.fault)
 
 
-def _items(entries: Iterable[Entry], mark: str) -> Iterator[tuple[dict[str, Any], None]]:
+def _items(entries: Iterable[Entry], mark: str) -> Iterator[dict[str, Any]]:
     seen: set[str] = set()
     for entry in entries:
         for item in entry.items:
             if item.mark == mark and item.name not in seen:
                 seen.add(item.name)
-                yield _item_row(item.name, entry.contents.get(item.name)), None
+                yield _item_row(item.name, entry.contents.get(item.name))
     if not seen:
-        yield _item_row(NO_ITEM, None), None
+        yield _item_row(NO_ITEM, None)
 
 
 def scan(files: Files, folder: ItemFolder, media: Mapping[str, Medium]) -> Iterator[Fault]:
@@ -388,6 +381,8 @@ def open_built(builder: Any, split: str, *, name: str) -> Built:
     same = [other for other in builder.info.splits if SPLITS.get(other, other) == SPLITS.get(base, base)]
     if base not in same and len(same) == 1:
         split, base = same[0] + split[len(base) :], same[0]
+    if any(base_split(part) != base for part in split.split("+")):  # items would be looked up among those of the first
+        raise MoextendError(f"data set {name}: {split!r} is of several splits; take one, or slices of one")
     try:
         rows = builder.as_data_source(split=split)
     except ValueError as error:

@@ -72,15 +72,9 @@ def text_batch(ids_BL: np.ndarray, mask_BL: np.ndarray) -> Batch:
 
 
 def encode_conversation(
-    turns: Sequence[dict[str, Any]],
-    *,
-    example_id: str,
-    items: Spans,
-    tokenizer: Tokenizer,
-    recipe: Recipe,
-    length: int | None = None,
-    too_long: Literal["error", "drop_turns"] = "error",
-) -> Encoded:
+    turns: Sequence[dict[str, Any]], *, example_id: str, items: Spans, tokenizer: Tokenizer, recipe: Recipe,
+    length: int | None = None, too_long: Literal["error", "drop_turns"] = "error",
+) -> Encoded:  # fmt: skip
     """Ids and labels of a conversation that has these items.
 
     `length` None means no limit. `drop_turns` leaves out whole trailing question-answer pairs until the rest
@@ -179,32 +173,16 @@ def _without_fused(talk: Talk, tokenizer: Tokenizer) -> Talk:
 
 
 def encode_row(
-    turns: Sequence[dict[str, Any]],
-    *,
-    example_id: str,
-    items: Spans,
-    tokenizer: Tokenizer,
-    recipe: Recipe,
-    length: int,
-    rooms: Rooms,
-    too_long: Literal["error", "drop_turns"] = "error",
-    parts: Parts = "conversation",
-) -> Encoded:
+    turns: Sequence[dict[str, Any]], *, example_id: str, items: Spans, tokenizer: Tokenizer, recipe: Recipe,
+    length: int, rooms: Rooms, too_long: Literal["error", "drop_turns"] = "error", parts: Parts = "conversation",
+) -> Encoded:  # fmt: skip
     """What a stage feeds of an example: the conversation, or its bare question; it fits a row, or is a `Fault`."""
     encode = encode_bare_question if parts == "bare_question" else partial(encode_conversation, too_long=too_long)
-    encoded = encode(
-        turns,
-        example_id=example_id,
-        items=items,
-        tokenizer=tokenizer,
-        recipe=recipe,
-        length=length,
-    )
+    encoded = encode(turns, example_id=example_id, items=items, tokenizer=tokenizer, recipe=recipe, length=length)
     for name, count in encoded.items.items():
         if count > rooms[name].items:
-            what, setting = (
-                ("images", "images_per_row") if name == IMAGE else (f"items of {name}", f"items_per_row.{name}")
-            )
+            picture = name == IMAGE
+            what, setting = ("images", "images_per_row") if picture else (f"items of {name}", f"items_per_row.{name}")
             message = f"{count} {what}, but a row holds {rooms[name].items}; raise {setting}"
             raise _fault(example_id, "too_many_images", message)
     return encoded
@@ -217,16 +195,12 @@ def encode_prompt(
     items = items or {}
     for name, tokens in reversed(list(items.items())):
         mark = tokenizer.media[name].mark
-        if tokens and mark not in question:
+        if mark not in question:
             question = f"{mark}\n" * len(tokens) + question
-        if question.count(mark) != len(tokens):
-            raise MoextendError(
-                f"prompt: {question.count(mark)} {mark} marks but {len(tokens)} {_called(name)}: {question[:60]!r}"
-            )
     for name, marked in tokenizer.media.items():
-        if marked.mark in question and not items.get(name):
-            count = question.count(marked.mark)
-            raise MoextendError(f"prompt: {count} {marked.mark} marks but 0 {_called(name)}: {question[:60]!r}")
+        marks, count = question.count(marked.mark), len(items.get(name, ()))
+        if marks != count:
+            raise MoextendError(f"prompt: {marks} {marked.mark} marks but {count} {_called(name)}: {question[:60]!r}")
     if wrong := _wrong_fusion(items, tokenizer):
         raise MoextendError(f"prompt: {wrong}")
     talk = Talk(system, [(question, None)])
@@ -253,14 +227,9 @@ def _asking(talk: Talk, *, tokenizer: Tokenizer, recipe: Recipe, items: Spans) -
 
 
 def encode_bare_question(
-    turns: Sequence[dict[str, Any]],
-    *,
-    example_id: str,
-    items: Spans,
-    tokenizer: Tokenizer,
-    recipe: Recipe,
+    turns: Sequence[dict[str, Any]], *, example_id: str, items: Spans, tokenizer: Tokenizer, recipe: Recipe,
     length: int | None = None,
-) -> Encoded:
+) -> Encoded:  # fmt: skip
     """BOS and the first human turn alone, no template, no answer: what the released code feeds to count routing."""
     talk = _talk(turns, example_id, tokenizer)
     _check_marks([talk.pairs[0][0]], items, tokenizer, example_id)

@@ -10,7 +10,6 @@ where they are, and looked at whenever the data set is opened: one that was mend
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +33,7 @@ from moextend_jax.data.builders import (
     open_built,
     packaged,
     scan,
+    talk_of_row,
 )
 from moextend_jax.data.forms import LLAVA, Files, base_split, files_of, parts_of
 from moextend_jax.data.item_files import ItemFolder
@@ -121,16 +121,14 @@ class Source(Sequence[Example]):
     def _example(self, item: Mapping[str, Any]) -> Example:
         images = zip(item["images"], item["image_rows"], strict=True)
         refs = [BuiltRef(IMAGE_MARK, key.decode(), int(row)) for key, row in images]
-        id, turns, fault = item["id"].decode(), json.loads(item["conversations"]), None
-        if isinstance(turns, dict):
-            refs += [BuiltRef(*ref) for ref in turns.get("items", [])]
-            fault = Fault(*turns["fault"]) if "fault" in turns else None
-            turns = turns["turns"]
+        id, talk = item["id"].decode(), talk_of_row(item["conversations"])
+        refs += [BuiltRef(*ref) for ref in talk.get("items", [])]
+        fault = Fault(*talk["fault"]) if "fault" in talk else None
         names = {medium.mark: name for name, medium in self.media.items()}
         items = tuple(ItemRef(names[ref.mark], ref.key, ref.row) for ref in refs if ref.mark in names)
         if len(items) < len(refs):
             fault = unknown_medium(id, (ref.mark for ref in refs), self.media)
-        return Example(id, turns, items, fault)
+        return Example(id, talk["turns"], items, fault)
 
 
 class HoldOut(NamedTuple):
@@ -175,13 +173,8 @@ def mix(sources: Sequence[Source], *, weights: Sequence[float] | None = None, na
     of_marks = {medium.mark: items[name].parts for name, medium in media.items()}
     picked = None if weights is None else picks(list(map(len, sources)), weights, names)
     identity = [[source.fingerprint for source in sources], None if weights is None else list(weights)]
-    return Source(
-        rows=JoinedRows(sources, of_marks),
-        items=items,
-        media=media,
-        picked=picked,
-        fingerprint=fingerprint_of(identity),
-    )
+    rows, fingerprint = JoinedRows(sources, of_marks), fingerprint_of(identity)
+    return Source(rows=rows, items=items, media=media, picked=picked, fingerprint=fingerprint)
 
 
 def open_dataset(
@@ -226,20 +219,14 @@ def open_dataset(
 
 
 def _open(
-    name: str,
-    *,
-    split: str,
-    data_dir: Path,
-    manual_dir: Path | str | None,
-    images: Path | str | None,
-    media: Named[Medium],
-    faults: FaultSettings,
-) -> Source:
+    name: str, *, split: str, data_dir: Path, manual_dir: Path | str | None, images: Path | str | None,
+    media: Named[Medium], faults: FaultSettings,
+) -> Source:  # fmt: skip
+    items = {of: Items((), kind=medium.kind) for of, medium in media.items()}
     if is_packaged(name):
         family, config = family_of(name)
         rows = open_built(packaged(family, config, data_dir), split, name=name)
         refuse(_unknown(rows, media), faults, where=name)
-        items = {of: Items((), kind=medium.kind) for of, medium in media.items()}
         for of, own in _item_configs(family, media).items():
             stored = open_built(packaged(family, own, data_dir), base_split(split), name=name)
             cut = _cuts(media[of], faults)
@@ -254,14 +241,11 @@ def _open(
             refuse(scan(files, home, media), faults, where=name, hint=HINT)
         rows = open_built(builder(None), split, name=name)
         refuse(_unknown(rows, media), faults, where=name, hint=HINT)
-        items = {}
         for of, medium in media.items():
             if medium.mark == IMAGE_MARK or medium.mark in rows.marks:
                 built = open_built(builder(medium.mark), base_split(split), name=name)
                 cut = _cuts(medium, faults)
                 items[of] = look_at_items(built, home, upright=files.upright, kind=medium.kind, cut=cut)
-            else:
-                items[of] = Items((), kind=medium.kind)
         of_items = (fault for of_medium in items.values() for fault in of_medium.faults.values())
         refuse([*rows.faults, *of_items], faults, where=name, hint=HINT)
     if not len(rows.rows):

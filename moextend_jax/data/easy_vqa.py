@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Sequence
-from types import ModuleType
 
-from moextend_jax.config import MoextendError
+from moextend_jax.folders import package
 
+INSTALL = "pip install easy-vqa"
 SHAPES = {"circle", "rectangle", "triangle"}
 COLOURS = {"black", "blue", "brown", "gray", "green", "red", "teal", "yellow"}
 KINDS = {"shape_questions": SHAPES, "colour_questions": COLOURS, "yes_no_questions": {"yes", "no"}}
@@ -39,8 +38,8 @@ def asked(split: str, *, of: str) -> dict[int, list[tuple[str, str]]]:
     Raises:
       MoextendError: the package is not installed.
     """
-    package, turns = _package(of), {}
-    questions = package.get_train_questions() if split == "train" else package.get_test_questions()
+    made, turns = package("easy_vqa", of=of, install=INSTALL), {}
+    questions = made.get_train_questions() if split == "train" else made.get_test_questions()
     for question, answer, picture in zip(*questions, strict=True):
         turns.setdefault(picture, []).append((question, answer))
     return turns
@@ -48,12 +47,5 @@ def asked(split: str, *, of: str) -> dict[int, list[tuple[str, str]]]:
 
 def pictures(split: str) -> dict[int, str]:
     """The files of pictures."""
-    package = _package("easy_vqa")
-    return package.get_train_image_paths() if split == "train" else package.get_test_image_paths()
-
-
-def _package(of: str) -> ModuleType:
-    try:
-        return importlib.import_module("easy_vqa")
-    except ImportError as error:
-        raise MoextendError(f"data set {of} needs the package easy-vqa; pip install easy-vqa") from error
+    made = package("easy_vqa", of="easy_vqa", install=INSTALL)
+    return made.get_train_image_paths() if split == "train" else made.get_test_image_paths()

@@ -69,7 +69,7 @@ def read_entries(*paths: Path, beside: bool = True) -> Iterator[Entry]:
     seen: dict[str, int] = {}
     number = -1
     above = folder_above(paths)
-    for number, row in enumerate(row for path in paths for row in form_of(path).read(path)):
+    for number, row in enumerate(row for path in paths for row in form_of(path)(path)):
         yield _entry(number, row, seen, above, beside)
     if number < 0:
         more = f" and {len(paths) - 1} more files" if paths[1:] else ""
@@ -107,8 +107,9 @@ def _entry(number: int, row: Row, seen: dict[str, int], above: Path, beside: boo
 def _named(item: Item, contents: dict[str, Content], below: str, beside: bool) -> str:
     """The name of an item's file; where the row holds it, it goes into `contents`. below: the folder of the row."""
     file = item.file
-    if isinstance(file, dict):  # Hugging Face's, and OpenAI's
-        file = next((file[key] for key in ("bytes", "path", "url") if file.get(key)), _input(file))
+    if isinstance(file, dict):  # Hugging Face's, and OpenAI's, also {"data": base64, "format": "wav"}
+        data = f"data:;base64,{file['data']}" if isinstance(file.get("data"), str) else None
+        file = next((file[key] for key in ("bytes", "path", "url") if file.get(key)), data)
     if isinstance(file, str) and file.startswith("data:"):
         file = _decoded(file)
     if isinstance(file, Span):
@@ -126,11 +127,6 @@ def _named(item: Item, contents: dict[str, Content], below: str, beside: bool) -
     if len(item.medium) > MOST_NAME:
         raise Fault(f"a medium's name of {len(item.medium)} characters, {item.medium[:40]}...", "entry")
     return os.path.join(below, file) if beside and "://" not in file else file
-
-
-def _input(file: dict[str, Any]) -> Any:
-    """OpenAI's `{"data": base64, "format": "wav"}`."""
-    return f"data:;base64,{file['data']}" if isinstance(file.get("data"), str) else None
 
 
 def _decoded(url: str) -> bytes:

@@ -43,18 +43,12 @@ class FeatureStore:
     faults: dict[str, Fault] = field(default_factory=dict)
 
     @staticmethod
-    def open(path: Path | str, *, fingerprint: dict[str, Any] | None = None) -> FeatureStore:
-        """Opens a cache; with a `fingerprint`, refuses one that was made with other settings."""
-        path = Path(path)
+    def open(path: Path) -> FeatureStore:
         try:
             facts = json.loads((path / "cache.json").read_text())
             features_nPC = np.asarray(np.load(path / "features.npy", mmap_mode="r"))
         except (OSError, ValueError) as error:
             raise MoextendError(f"no feature cache in {path}: {error}") from error
-        if fingerprint is not None and fingerprint != facts["fingerprint"]:
-            raise MoextendError(
-                f"feature cache {path} was made with {facts['fingerprint']}, wanted {fingerprint}; make it again"
-            )
         rows = {key: row for row, key in enumerate(facts["keys"])}
         faults = {key: Fault(*fault) for key, fault in facts.get("faults", {}).items()}
         return FeatureStore(
@@ -135,7 +129,29 @@ def cache_features(
         raise MoextendError(f"no items to cache features of in {path}")
     path = Path(path)
     with in_turn(path):  # two chains of `continual` want the same at the same time
-        return _cached_or_made(inputs, path, compute, fingerprint_of(inputs, tower=tower), batch_size, faults)
+        # Remove what killed processes left. No other process is writing, for it is this one's turn.
+        for left in path.parent.iterdir() if distributed.first() else ():
+            if left.name.startswith(f"{path.name}.unfinished-"):
+                shutil.rmtree(left, ignore_errors=True)
+        fingerprint = fingerprint_of(inputs, tower=tower)
+        # Process 0's look decides: on another host the files may have other times.
+        if name := distributed.from_first(lambda: _cached(path, fingerprint, inputs)):
+            store = FeatureStore.open(path.with_name(name))
+            refuse(store.faults.values(), faults, where=f"feature cache {path}")
+            return store
+        unfinished = path.with_name(f"{path.name}.unfinished-{os.getpid()}")
+        try:
+            keys, bad = _write(unfinished, inputs, compute, batch_size, faults)
+            if distributed.first():
+                facts = {"fingerprint": fingerprint, "keys": keys, "faults": bad}
+                (unfinished / "cache.json").write_text(json.dumps(facts))
+                shutil.rmtree(path, ignore_errors=True)
+                unfinished.rename(path)
+        finally:
+            if distributed.first():  # on another host a process with this id may still write
+                shutil.rmtree(unfinished, ignore_errors=True)
+        distributed.barrier(f"cached {path}")
+        return FeatureStore.open(path)
 
 
 def fingerprint_of(inputs: Inputs, *, tower: str) -> dict[str, Any]:
@@ -149,33 +165,6 @@ def is_cached(inputs: Inputs, *, path: Path, tower: str) -> bool:
     return bool(distributed.from_first(lambda: _cached(path, fingerprint, inputs)))
 
 
-def _cached_or_made(
-    inputs: Inputs, path: Path, compute, fingerprint: dict[str, Any], batch_size, faults: FaultSettings
-) -> FeatureStore:
-    # Remove what killed processes left. No other process is writing, for it is this one's turn.
-    for left in path.parent.iterdir() if distributed.first() else ():
-        if left.name.startswith(f"{path.name}.unfinished-"):
-            shutil.rmtree(left, ignore_errors=True)
-    # Process 0's look decides: on another host the files may have other times.
-    if name := distributed.from_first(lambda: _cached(path, fingerprint, inputs)):
-        store = FeatureStore.open(path.with_name(name))
-        refuse(store.faults.values(), faults, where=f"feature cache {path}")
-        return store
-    unfinished = path.with_name(f"{path.name}.unfinished-{os.getpid()}")
-    try:
-        keys, bad = _write(unfinished, inputs, compute, batch_size, faults)
-        if distributed.first():
-            facts = {"fingerprint": fingerprint, "keys": keys, "faults": bad}
-            (unfinished / "cache.json").write_text(json.dumps(facts))
-            shutil.rmtree(path, ignore_errors=True)
-            unfinished.rename(path)
-    finally:
-        if distributed.first():  # on another host a process with this id may still write
-            shutil.rmtree(unfinished, ignore_errors=True)
-    distributed.barrier(f"cached {path}")
-    return FeatureStore.open(path)
-
-
 def _cached(path: Path, fingerprint: dict[str, Any], inputs: Inputs) -> str:
     """The folder beside `path`, or its own name, that has these features; "" where none has."""
     if _fits(path, fingerprint, inputs):
@@ -185,13 +174,15 @@ def _cached(path: Path, fingerprint: dict[str, Any], inputs: Inputs) -> str:
 
 
 def _fits(path: Path, fingerprint: dict[str, Any], inputs: Inputs) -> bool:
-    """Whether there is a cache of these items, and those noted as faulty in it are still faulty: an item that has been
-    mended needs features."""
+    """Whether there is a cache of these items, made so, and those noted as faulty in it are still faulty: an item that
+    has been mended needs features."""
     try:
-        store = FeatureStore.open(path, fingerprint=fingerprint)
+        store = FeatureStore.open(path)
     except MoextendError:
-        return False  # not there, stale or broken
-    return all(isinstance(_prepare(inputs, store.rows[key]), Fault) for key in store.faults)
+        return False  # not there, or broken
+    return store.fingerprint == fingerprint and all(
+        isinstance(_prepare(inputs, store.rows[key]), Fault) for key in store.faults
+    )
 
 
 def _write(

@@ -21,21 +21,17 @@ from moextend_jax.data.shards import read_tar
 from moextend_jax.data.tables import read_arrow, read_csv, read_parquet
 from moextend_jax.folders import folder, is_url, reading
 
-
-class Form(NamedTuple):
-    read: Callable[[Path], Iterator[Row]]
-    means: str
-
-
-FORMS = {
-    ".json": Form(read_json, "a JSON list of objects, or one object after another"),
-    ".jsonl": Form(read_json, "JSON Lines"),
-    ".ndjson": Form(read_json, "JSON Lines"),
-    ".csv": Form(read_csv, "a table, its first line the names of the columns"),
-    ".tsv": Form(read_csv, "the same, parted by tabs"),
-    ".parquet": Form(read_parquet, "a table, pictures as paths or bytes"),
-    ".arrow": Form(read_arrow, "a table as Hugging Face's save_to_disk writes it"),
-    ".tar": Form(read_tar, "a WebDataset shard"),
+Form = Callable[[Path], Iterator[Row]]
+"""Reads a file's rows."""
+FORMS: dict[str, Form] = {
+    ".json": read_json,  # a list of objects, or one object after another
+    ".jsonl": read_json,
+    ".ndjson": read_json,
+    ".csv": read_csv,
+    ".tsv": read_csv,
+    ".parquet": read_parquet,
+    ".arrow": read_arrow,  # as Hugging Face's save_to_disk writes it
+    ".tar": read_tar,  # a WebDataset shard
 }
 """By the end of the file's name."""
 

@@ -167,11 +167,10 @@ class Inspector:
         """Tokens of an item; the most possible if its file is faulty: that fault is reported for the file."""
         if not medium.spans:
             return medium.tokens
-        noun, name = KINDS[medium.kind].noun, item.name
+        kind, name, cut = KINDS[medium.kind], item.name, self.work.cut
         try:
-            encoded = ItemFile(*item, entry.contents.get(name)).read(files, noun)
-            options: dict[str, Any] = {"medium": medium, "cut": self.work.cut}
-            return medium.span(KINDS[medium.kind].span_of_file(encoded, name=f"{noun} {name}", id=name, **options))
+            encoded = ItemFile(*item, entry.contents.get(name)).read(files, kind.noun)
+            return medium.span(kind.span_of_file(encoded, name=f"{kind.noun} {name}", id=name, medium=medium, cut=cut))
         except Fault:
             return medium.tokens
 
@@ -193,8 +192,7 @@ class Inspector:
         return faults
 
     def _prepare(self, encoded: bytes, medium: Medium, noun: str, name: str) -> None:
-        options: dict[str, Any] = {"medium": medium, "cut": self.work.cut}
-        item = KINDS[medium.kind].decode(encoded, name=f"{noun} {name}", id=name, **options)
+        item = KINDS[medium.kind].decode(encoded, name=f"{noun} {name}", id=name, medium=medium, cut=self.work.cut)
         pictures = (item,) if medium.kind == "image" else item if medium.kind == "video" else ()
         for picture in pictures:
             tower, preparation = tower_of(medium), self.work.recipe.image_preparation

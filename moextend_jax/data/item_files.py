@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import itertools
 import os
 import stat
@@ -25,7 +24,7 @@ from moextend_jax.data.forms import DEPTH
 from moextend_jax.data.json_values import unreadable
 from moextend_jax.data.records import read_row, row_of
 from moextend_jax.data.shards import Span
-from moextend_jax.faults import MOST_BYTES, Fault
+from moextend_jax.faults import MOST_BYTES, Fault, wrong_size
 from moextend_jax.folders import folder, is_url
 
 BESIDE = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".JPG", ".JPEG", ".PNG", ".wav", ".flac", ".ogg", ".npz", ".npy")
@@ -49,7 +48,7 @@ class ItemFolder(NamedTuple):
         """Of every name, in their order."""
         for in_record, some in itertools.groupby(names, key=lambda name: row_of(name) is not None):
             if in_record:
-                yield from map(functools.partial(self._look_at_row, noun=noun), some)
+                yield from (self._look_at_row(name, noun) for name in some)
             elif is_url(self.path):
                 yield from look_in_bucket(self.path, some, noun=noun)
             else:
@@ -185,8 +184,8 @@ def _missing(folder: Path, name: str, noun: str, *, hint: str = "") -> Fault:
 
 
 def _check_size(size: int, what: str, *, id: str) -> None:
-    if not 0 < size <= MOST_BYTES:
-        raise Fault(f"{what} has {size} bytes", "oversized" if size else "empty_file", id)
+    if kind := wrong_size(size):
+        raise Fault(f"{what} has {size} bytes", kind, id)
 
 
 def _check_name(folder: Path, name: str, anywhere: bool, noun: str) -> None:
@@ -251,7 +250,7 @@ def _sound_file(homes: Iterable[str], name: str) -> os.stat_result | None:
             continue
         except (OSError, ValueError):
             return None
-        return file if stat.S_ISREG(file.st_mode) and 0 < file.st_size <= MOST_BYTES else None
+        return file if stat.S_ISREG(file.st_mode) and not wrong_size(file.st_size) else None
     return None
 
 

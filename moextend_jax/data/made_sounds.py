@@ -212,12 +212,8 @@ def _questions(mark: str, *, what: str, whether: str) -> Callable[[str, list[str
             yield Talk(f"{split}/{row}/0", f"{mark}\n{what}", name, row)
             if split == "train":
                 other = name if rng.random() < 0.5 else names[rng.integers(len(names))]
-                yield Talk(
-                    f"{split}/{row}/1",
-                    f"{mark}\n{whether.format(other)}",
-                    "yes" if name == other else "no",
-                    row,
-                )
+                answer = "yes" if name == other else "no"
+                yield Talk(f"{split}/{row}/1", f"{mark}\n{whether.format(other)}", answer, row)
 
     return talks
 

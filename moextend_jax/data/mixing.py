@@ -42,9 +42,7 @@ class Joined:
 
     def place(self, index: int) -> tuple[int, int]:
         """Which sequence, and the item's index in it."""
-        n = bisect.bisect_right(self.starts, index) - 1
-        while not self.sizes[n]:
-            n -= 1
+        n = bisect.bisect_right(self.starts, index) - 1  # of several that start there the last: the others are empty
         return n, index - self.starts[n]
 
 

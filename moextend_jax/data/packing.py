@@ -109,10 +109,14 @@ def _best_fill(takes: list[np.ndarray], room: np.ndarray) -> list[int]:
     return chosen[::-1]
 
 
+EMPTY = {"ids_L": 0, "labels_L": IGNORE, "positions_L": 0, "segments_L": 0, "places_L": -1}
+"""What arrays of a row hold where no conversation is."""
+
+
 def row_of(samples: Sequence[Sample], shape: Shape) -> Row:
     """These samples, one after another; of none an empty row."""
-    ids_L, positions_L, segments_L = (np.zeros(shape.length, np.int32) for _ in range(3))
-    labels_L, places_L = np.full(shape.length, IGNORE, np.int32), np.full(shape.length, -1, np.int32)
+    arrays = (np.full(shape.length, empty, np.int32) for empty in EMPTY.values())
+    ids_L, labels_L, positions_L, segments_L, places_L = arrays
     fused_L = {name: np.full_like(places_L, -1) for name, room in shape.rooms.items() if room.fused}
     item_rows_M = {name: np.full(room.items, -1, np.int32) for name, room in shape.rooms.items()}
     start, next_slot, first = 0, dict.fromkeys(shape.rooms, 0), first_places(shape.rooms)
@@ -139,11 +143,17 @@ def row_of(samples: Sequence[Sample], shape: Shape) -> Row:
     return Row(ids_L, labels_L, positions_L, segments_L, places_L, fused_L, item_rows_M, tuple(places))
 
 
-def take_out(row: Row, place: Place) -> None:
-    """Makes the place of a conversation empty, in the row's own arrays."""
-    for array_L, empty in ((row.ids_L, 0), (row.labels_L, IGNORE), (row.positions_L, 0), (row.segments_L, 0)):
-        array_L[place.positions] = empty
-    for array_L in (row.places_L, *row.fused_L.values()):
-        array_L[place.positions] = -1
-    for name, slots in place.slots.items():
-        row.item_rows_M[name][slots] = -1
+def take_out(row: Row, place: Place) -> Row:
+    """The row without the conversation at a place, which is empty then."""
+
+    def emptied(array: np.ndarray, at: slice, empty: int = -1) -> np.ndarray:
+        array = array.copy()
+        array[at] = empty
+        return array
+
+    return row._replace(
+        **{name: emptied(getattr(row, name), place.positions, empty) for name, empty in EMPTY.items()},
+        fused_L={name: emptied(of_L, place.positions) for name, of_L in row.fused_L.items()},
+        item_rows_M={name: emptied(rows_M, place.slots[name]) for name, rows_M in row.item_rows_M.items()},
+        places=tuple(other for other in row.places if other is not place),
+    )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -19,12 +19,8 @@ from moextend_jax.data.features import FeatureStore, JoinedFeatures
 from moextend_jax.faults import Fault
 from moextend_jax.media import KINDS
 
-OnFault = Callable[[tuple[int, int], Fault], None]
-"""Called with the slot (row B, item M) of an item that cannot be read, and its fault; its array stays zero."""
-
-
-def _raise(slot: tuple[int, int], fault: Fault) -> None:
-    raise fault
+Faults = dict[tuple[int, int], Fault]
+"""Of items that cannot be read, by their slots (row B, item M); their arrays stay zero."""
 
 
 class Prepared(NamedTuple):
@@ -89,14 +85,17 @@ class Inputs:
         prepare = KINDS[self.medium.kind].prepare
         return Prepared(key, prepare(item, medium=self.medium, preparation=self.preparation, id=key))
 
-    def read(self, rows_BM: np.ndarray, on_fault: OnFault = _raise) -> np.ndarray:
-        """Arrays `[B, M, ...]` (float32) of items by row, zeros for -1 and for items with a fault."""
+    def read(self, rows_BM: np.ndarray, faults: Faults | None = None) -> np.ndarray:
+        """Arrays `[B, M, ...]` (float32) of items by row, zeros for -1. faults: takes those of items, which are raised
+        without it."""
         arrays = np.zeros((*rows_BM.shape, *self.shape), np.float32)
         for b, m in zip(*np.nonzero(rows_BM >= 0), strict=True):
             try:
                 arrays[b, m] = self.prepared(int(rows_BM[b, m])).array
             except Fault as fault:
-                on_fault((int(b), int(m)), fault)
+                if faults is None:
+                    raise
+                faults[int(b), int(m)] = fault
         return arrays
 
 
@@ -122,7 +121,7 @@ class Features:
         assert self.items is not None
         return self.items.span(row, self.medium)
 
-    def read(self, rows_BM: np.ndarray, on_fault: OnFault = _raise) -> np.ndarray:
+    def read(self, rows_BM: np.ndarray, faults: Faults | None = None) -> np.ndarray:
         """Features `[B, M, P, C]` of items by row, zeros for -1."""
         features_BMPC = self.store.read(np.maximum(rows_BM, 0))
         features_BMPC[rows_BM < 0] = 0
@@ -132,12 +131,6 @@ class Features:
 Readers = Mapping[str, Inputs | Features]
 """Medium -> what reads its items, in the order of `ModelConfig.media`. Items and marks of media without a reader are
 left out: so a question is asked alone."""
-
-
-def with_items(batch: Batch, readers: Mapping[str, Any], rows: Mapping[str, np.ndarray]) -> Batch:
-    """The batch with the items in these rows `[B, M]` of each medium's reader, but of media whose M is 0."""
-    read = {name: readers[name].read(rows_BM) for name, rows_BM in rows.items() if rows_BM.shape[1]}
-    return given(batch, readers, read)
 
 
 def given(batch: Batch, media: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Batch:

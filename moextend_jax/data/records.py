@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-from moextend_jax.faults import MOST_BYTES, Fault
+from moextend_jax.faults import Fault, wrong_size
 
 _ROW = re.compile(r"(.+\.array_record):(\d{1,18})")
 
@@ -42,8 +42,7 @@ def read_row(path: Path, row: int, *, name: str, noun: str) -> bytes:
         raise Fault(f"cannot read {noun} {name}: {error}", "unreadable", name) from error
     if encoded is None:
         raise Fault(f"no {noun} {name}: {path} has {len(rows)} rows", "missing", name)
-    if not 0 < len(encoded) <= MOST_BYTES:
-        kind = "oversized" if encoded else "empty_file"
+    if kind := wrong_size(len(encoded)):
         raise Fault(f"{noun} {name} has {len(encoded)} bytes", kind, name)
     return encoded
 

@@ -8,37 +8,22 @@ same sentences in the same order.
 from __future__ import annotations
 
 import ctypes
-import importlib
-import importlib.util
 import os
 import shutil
 import tempfile
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import soxr
 
 from moextend_jax.config import MoextendError
-from moextend_jax.folders import extra_hint
+from moextend_jax.folders import extra_hint, package
 from moextend_jax.media.mel import RATE
 
 TINYSOUNDFONT = "pip install --no-deps tinysoundfont"
 """Without its dependency: pyaudio plays sounds aloud, which nobody needs here, and has to be compiled."""
 EXTRA = extra_hint("sounds")
-
-
-def package(name: str, *, of: str, install: str = EXTRA) -> ModuleType:
-    """An optional package.
-
-    Args:
-      of: the data set that needs it.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise MoextendError(f"data set {of} needs the package {name.replace('_', '-')}; {install}") from error
 
 
 def shared_file(name: str, *, of: str, package: str) -> Path:
@@ -98,7 +83,7 @@ class Speaker:
     same sentences in the same order."""
 
     def __init__(self, *, of: str):
-        loader = package("espeakng_loader", of=of)
+        loader = package("espeakng_loader", of=of, install=EXTRA)
         COPIES.append(tempfile.TemporaryDirectory())
         self.library = ctypes.CDLL(shutil.copy(loader.get_library_path(), COPIES[-1].name))
         self.rate = self.library.espeak_Initialize(_SYNCHRONOUS, 500, loader.get_data_path().encode(), 0)

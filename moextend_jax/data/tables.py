@@ -40,10 +40,10 @@ def read_csv(path: Path) -> Iterator[Row]:
             first = next(lines, "")
             delimiter = max(",;\t", key=first.count)
             header = next(csv.reader([first], delimiter=delimiter), [])
-            if len(set(header)) < len(header):
-                raise MoextendError(f"{path} has two columns of one name: {', '.join(header)[:300]!a}")
             padded = bool(header[1:]) and all(name.startswith(" ") for name in header[1:])  # `a, b, c`
             header = [name.strip() for name in header]
+            if len(set(header)) < len(header):
+                raise MoextendError(f"{path} has two columns of one name: {', '.join(header)[:300]!a}")
             rows = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=padded)
             for cells in rows:
                 if not any(cells):  # a blank line, also `;;;` below the last row of a spreadsheet
@@ -89,7 +89,8 @@ def read_parquet(path: Path) -> Iterator[Row]:
 
 def read_arrow(path: Path) -> Iterator[Row]:
     """An Arrow stream, as `datasets` saves them, or an Arrow file."""
-    with _refusing(path), _mapped(path) as file:
+    # Not read into memory, where a damaged file may say that a part of it has gigabytes.
+    with _refusing(path), open_file(path) if is_url(path) else pa.memory_map(os.fspath(path)) as file:
         magic = file.read(6)
         file.seek(0)
         if magic == b"ARROW1":
@@ -98,11 +99,6 @@ def read_arrow(path: Path) -> Iterator[Row]:
         else:
             with pa.ipc.open_stream(file) as batches:
                 yield from _rows(path, batches)
-
-
-def _mapped(path: Path) -> Any:
-    """Not read into memory, where a damaged file may say that a part of it has gigabytes."""
-    return open_file(path) if is_url(path) else pa.memory_map(os.fspath(path))
 
 
 @contextlib.contextmanager

@@ -251,8 +251,9 @@ def _talk(turns: Sequence[Any], items: list[Item]) -> NormalTurns:
         if not isinstance(turn, Mapping):
             plain.append(None)
             continue
-        if not UNREAD_IN_TURNS.isdisjoint(turn):
-            _check_read(turn)
+        for key in sorted(UNREAD_IN_TURNS & turn.keys()):
+            if turn[key] not in READ_AS_USUAL.get(key, (None, "", [], {}, False)):
+                raise Fault(f"what {key} of a turn says is not read", "entry")
         names = SPELLINGS[0] if turn.get("from") is not None else SPELLINGS[1]
         if turn.get(names[0]) is None or names[1] not in turn:
             plain.append({})
@@ -261,12 +262,6 @@ def _talk(turns: Sequence[Any], items: list[Item]) -> NormalTurns:
         role = ROLES.get(role.lower(), role) if isinstance(role, str) else "?"
         plain.append(_turn(role, _content(text, in_turns, items, placed) if isinstance(text, list) else text))
     return NormalTurns(plain, [*in_turns, *(item for n, item in enumerate(items) if n not in placed)])
-
-
-def _check_read(turn: Mapping[str, Any]) -> None:
-    for key in sorted(UNREAD_IN_TURNS & turn.keys()):
-        if turn[key] not in READ_AS_USUAL.get(key, (None, "", [], {}, False)):
-            raise Fault(f"what {key} of a turn says is not read", "entry")
 
 
 SPELLINGS = (("from", "value"), ("role", "content"))

@@ -259,8 +259,6 @@ def _compiled(source: str) -> Any:
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = datetime.date(2024, 7, 26).strftime  # Llama 3's own, where there is no clock
     # Marks of what an assistant says are transformers' own extension.
-    return environment.from_string(re.sub(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})", _as_condition, source))
-
-
-def _as_condition(tag: re.Match[str]) -> str:
-    return f"{tag[1]}{'endif' if tag[2] else 'if true'}{tag[3]}"
+    generation = r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})"
+    source = re.sub(generation, lambda tag: f"{tag[1]}{'endif' if tag[2] else 'if true'}{tag[3]}", source)
+    return environment.from_string(source)

@@ -242,8 +242,9 @@ def _pieces(folder: Path, config: Mapping[str, Any], *, roles: Mapping[str, str]
         decoder = config.get("added_tokens_decoder") or {}
         added |= {token["content"]: int(id) for id, token in decoder.items()}
         pieces = SentencePieces(model.read_bytes(), added=added, legacy=config.get("legacy", True) is not False)
+        ours = (*TAG_NAMES.values(), roles.get("audio_token"))
         if not described or all(
-            piece in (_own_piece(pieces, id), *TAG_NAMES.values(), roles.get("audio_token"))
+            piece in ours or (id < pieces.count and pieces.id_to_piece(id) == piece)
             for piece, id in _vocabulary(described)
         ):
             return pieces
@@ -252,10 +253,6 @@ def _pieces(folder: Path, config: Mapping[str, Any], *, roles: Mapping[str, str]
     families = (token for family in FAMILIES.values() for token in family.tokens)
     control = {*roles.values(), *families, *(token for token in added if token in written)}
     return JsonPieces(described, where=folder, control=control)
-
-
-def _own_piece(pieces: SentencePieces, id: int) -> str | None:
-    return pieces.id_to_piece(id) if id < pieces.count else None
 
 
 def _vocabulary(described: Mapping[str, Any]) -> list[tuple[str, int]]:

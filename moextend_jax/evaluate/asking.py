@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -24,6 +25,8 @@ from moextend_jax.generate import Arrays, Generator, Heads
 from moextend_jax.mesh import on_host, own_row_shards, place_rows, row_shards
 from moextend_jax.models.moextend import abstract, share_of_text
 from moextend_jax.runs.askable import Askable
+
+Started = TypeVar("Started")
 
 ROW = 256
 """Tokens of a row by which batches are measured where no length is set."""
@@ -79,34 +82,31 @@ class Asker:
           stop: called every `LOOK` tokens with a prompt's index and its ids so far; True where they are enough. A batch
             ends when each of its rows has had enough or an end; so an answer may hold ids past where it stopped.
         """
-        steps = LOOK if stop else max_new_tokens
-        begun: list[tuple[Work, list[jax.Array]]] = []
-        for work, tails, heads in self._started(prompts, room=max_new_tokens):
-            pieces = self.generator.begin(
-                self.arrays, tails, heads=heads, max_new_tokens=max_new_tokens, steps=steps
-            )  # fmt: skip
-            begun.append((work, self._until_enough(work, pieces, stop) if stop else list(pieces)))
-            if len(begun) > 1:
-                yield self._completed(*begun.pop(0))
-        for work, pieces in begun:
+        options = {"max_new_tokens": max_new_tokens, "steps": LOOK if stop else max_new_tokens}
+
+        def begun() -> Iterator[tuple[Work, list[Any]]]:
+            for work, tails, heads in self._started(prompts, room=max_new_tokens):
+                pieces = self.generator.begin(self.arrays, tails, heads=heads, **options)
+                yield work, self._until_enough(work, pieces, stop) if stop else list(pieces)
+
+        for work, pieces in _one_behind(begun()):
             yield self._completed(work, pieces)
 
     def score(self, prompts: Sequence[Prompt]) -> Iterator[list[tuple[int, float, bool]]]:
         """Scores of the prompts' targets, a batch at a time, in the order of the plan: a prompt's index, the
         log-likelihood of all its targets in nats, and whether each of them is the likeliest id."""
-        begun: list[tuple[Work, jax.Array, jax.Array]] = []
-        for work, tails, heads in self._started(prompts, room=0):
-            begun.append((work, *self.generator.score(self.arrays, tails, heads=heads)))
-            if len(begun) > 1:
-                yield self._scored(prompts, *begun.pop(0))
-        for work, nats, likeliest in begun:
+        started = self._started(prompts, room=0)
+        begun = ((work, *self.generator.score(self.arrays, tails, heads=heads)) for work, tails, heads in started)
+        for work, nats, likeliest in _one_behind(begun):
             yield self._scored(prompts, work, nats, likeliest)
 
     # --- results ------------------------------------------------------------------------------------------------------
 
     def _completed(self, work: Work, pieces: Sequence[jax.Array]) -> list[tuple[int, list[int]]]:
-        ids_BL = np.concatenate([on_host(piece) for piece in pieces], axis=1)
-        return [(n, _before_end(ids_BL[row], self.ends)) for n, row in _placed(work)]
+        answers = np.concatenate([on_host(piece) for piece in pieces], axis=1).tolist()
+        return [
+            (n, list(itertools.takewhile(lambda id: id not in self.ends, answers[row]))) for n, row in _placed(work)
+        ]
 
     def _until_enough(
         self, work: Work, pieces: Iterator[jax.Array], stop: Callable[[int, list[int]], bool]
@@ -148,12 +148,9 @@ class Asker:
             return _tails(prompts, work, own), readings
 
         with ThreadPoolExecutor(1) as pool:
-            coming = pool.submit(host_batches, works[0]) if works else None
-            for n, work in enumerate(works):
+            for work, made in _one_behind((work, pool.submit(host_batches, work)) for work in works):
                 preemption.stop_if_told()
-                assert coming is not None
-                tails, readings = coming.result()
-                coming = pool.submit(host_batches, works[n + 1]) if n + 1 < len(works) else None
+                tails, readings = made.result()
                 yield work, place_rows(tails, self.mesh), self._read(prompts, work, own, readings)
 
     def _heads(self, prompts, work: Work, own: tuple[int, ...], reading: int, rooms: Rooms) -> tuple[Batch, np.ndarray]:
@@ -218,6 +215,11 @@ def asker_of(opened: Askable, *, readers: Mapping[str, Reader] | None = None) ->
     )
 
 
+def _one_behind(started: Iterable[Started]) -> Iterator[Started]:
+    """Each once the next one is started, which then goes on while this one is waited for."""
+    return (one for one, _ in itertools.pairwise(itertools.chain(started, (None,))))
+
+
 def _tails(prompts: Sequence[Prompt], work: Work, own: tuple[int, ...]) -> Batch:
     batch = text_batch(*np.zeros((2, work.rows * len(own), work.tail_length), np.int32))
     for p, part in enumerate(own):
@@ -235,8 +237,3 @@ def _placed(work: Work) -> Iterator[tuple[int, int]]:
     """Index of every prompt of the batch, and its row in the batch of all processes."""
     for part, indices in enumerate(work.prompts):
         yield from ((n, part * work.rows + row) for row, n in enumerate(indices))
-
-
-def _before_end(ids_L: np.ndarray, ends: tuple[int, ...]) -> list[int]:
-    ended = np.flatnonzero(np.isin(ids_L, ends))
-    return ids_L[: ended[0]].tolist() if len(ended) else ids_L.tolist()

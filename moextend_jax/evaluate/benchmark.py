@@ -94,6 +94,7 @@ def benchmark(
         model_id += f"-{hashlib.sha256(template.encode()).hexdigest()[:8]}"
     speed = _answer(opened, exam, path, model_id=model_id, max_new_tokens=most)
     record: dict[str, Any] = {}
+    shown: list[dict[str, Any]] = []
     if distributed.first():
         wanted = {question.key for question in questions}
         recorded = table.read_answered(name, path, questions=every, partial=True)
@@ -104,10 +105,8 @@ def benchmark(
         record |= {"split": split or table.benchmark(name).splits[0], "limit": limit, "model": opened.name} | speed
         record |= {"model_id": model_id, "max_new_tokens": most}
         record |= {} if template is None else {"template": template}
-        chosen_examples = examples(answered, scores.points)
-    else:
-        chosen_examples = []
-    write_json(path.with_name("examples.json"), chosen_examples)
+        shown = examples(answered, scores.points)
+    write_json(path.with_name("examples.json"), shown)
     write_json(path.with_name("scores.json"), record)
     return record
 

@@ -15,7 +15,7 @@ import jax
 
 from moextend_jax.config import IMAGE, MoextendError
 from moextend_jax.data.missing import without_marks
-from moextend_jax.evaluate.speak import Item, Items, Turn, cannot, is_question, one_each, question, speak
+from moextend_jax.evaluate.speak import Item, Items, Turn, cannot, is_question, question, speak
 from moextend_jax.evaluate.speak import show as read
 from moextend_jax.generate import Sampling
 from moextend_jax.runs.askable import Askable
@@ -48,7 +48,7 @@ class Conversation:
         """Yields the answer as it is made. It is remembered with its question, also where `max_new_tokens` cut it: "go
         on" then goes on. One that a mistake or an interrupt broke off, or an empty one, is not."""
         new = {name: list(of) for name, of in (items or {}).items() if of}
-        asked, pieces = question(self.opened, text, one_each(new)), []
+        asked, pieces = question(self.opened, text, new), []
         every = {name: [*self.items.get(name, ()), *new.get(name, ())] for name in {**self.items, **new}}
         for piece in speak(
             self.opened, [*self.told, asked], items=every, plain=False, max_new_tokens=self.max_new_tokens,

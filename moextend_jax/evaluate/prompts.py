@@ -16,7 +16,7 @@ import numpy as np
 
 from moextend_jax.config import Batch, MoextendError, Rooms, first_places
 from moextend_jax.data.conversations import in_row, text_batch
-from moextend_jax.data.readers import with_items
+from moextend_jax.data.readers import given
 from moextend_jax.generate import ALIGNED_ROWS
 
 SMALLEST = 8
@@ -139,7 +139,8 @@ def prompt_batch(
     rows: int, length: int, heads: bool = False,
 ) -> Batch:  # fmt: skip
     """Prompts by their row, whole or their `heads` alone, padded on the right to `length`, and to `rows` rows with
-    empty ones. `rooms` holds all their items; media: by number (`conversations.MEDIUM`)."""
+    empty ones. `rooms` holds all their items, which are read where their medium has a reader; media: by number
+    (`conversations.MEDIUM`)."""
     batch = text_batch(*np.zeros((2, rows, length), np.int32))
     first = first_places(rooms)
     fused = {name: np.full_like(batch.places_BL, -1) for name, room in rooms.items() if room.fused}
@@ -153,7 +154,8 @@ def prompt_batch(
             fused[name][row, :count] = in_row(of_L[:count], first=first, media=media)
         for name, items in prompt.items.items():
             rows_BM[name][row, : len(items)] = items
-    return with_items(batch._replace(fused=fused), readers, rows_BM)
+    arrays = {name: readers[name].read(of_BM) for name, of_BM in rows_BM.items() if name in readers}
+    return given(batch._replace(fused=fused), readers, arrays)
 
 
 def _work(shape: tuple[tuple[str, ...], int, int], items: list[tuple[int, int]], *, parts: int, rows: int) -> Work:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,11 +13,12 @@ import numpy as np
 from PIL import Image
 
 from moextend_jax import distributed
-from moextend_jax.config import IGNORE, IMAGE, Batch, Medium, MoextendError, first_places
-from moextend_jax.data.conversations import Encoded, encode_dialogue, in_row, text_batch
+from moextend_jax.config import IGNORE, IMAGE, Batch, Medium, MoextendError
+from moextend_jax.data.conversations import Encoded, encode_dialogue
 from moextend_jax.data.readers import given
 from moextend_jax.data.writing import Spans
 from moextend_jax.evaluate.asking import generator_of
+from moextend_jax.evaluate.prompts import Prompt, prompt_batch
 from moextend_jax.generate import Sampling
 from moextend_jax.media import KINDS
 from moextend_jax.media.image import as_rgb, decode_image, is_finite, turned
@@ -64,12 +65,9 @@ def speak(
     batch, before = batch_of(opened, asked, shown), text_before(opened, asked, plain=plain)
     ids = [] if ids is None else ids
     printed = ""
+    placed = place_whole(batch, opened.mesh)
     for ids_B in generator_of(opened).stream(
-        opened.arrays,
-        place_whole(batch, opened.mesh),
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        seed=seed,
+        opened.arrays, placed, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed
     ):
         if ids_B[0] in opened.tokenizer.ends:
             break
@@ -155,23 +153,18 @@ def text_before(opened: Askable, asked: Encoded, *, plain: bool | None) -> list[
     return asked.ids_L[-1:].tolist() if is_plain(opened, plain) else []
 
 
-def told(opened: Askable, system: str | None, text: str, spans: Spans) -> str | list[Turn]:
+def told(opened: Askable, system: str | None, text: str, items: Mapping[str, Sized]) -> str | list[Turn]:
     """A question after what the model is told first, if anything."""
-    return [{"from": "system", "value": system}, question(opened, text, spans)] if system else text
+    return [{"from": "system", "value": system}, question(opened, text, items)] if system else text
 
 
-def one_each(items: Items) -> dict[str, list[int]]:
-    """Placeholder spans to lay out a question before its items are read: only their number matters there."""
-    return {name: [1] * len(of) for name, of in items.items()}
-
-
-def question(opened: Askable, text: str, spans: Spans) -> Turn:
-    """A turn that asks; without any mark of a medium its items go first, media in the model's order. Nothing need be
-    typed beside a sound, which may be the question."""
+def question(opened: Askable, text: str, items: Mapping[str, Sized]) -> Turn:
+    """A turn that asks about these items, or their spans; without any mark of a medium its items go first, media in the
+    model's order. Nothing need be typed beside a sound, which may be the question."""
     known, typed = opened.tokenizer.media, text
-    for name in reversed([*(name for name in known if name in spans), *(name for name in spans if name not in known)]):
+    for name in reversed([*(name for name in known if name in items), *(name for name in items if name not in known)]):
         mark = known[name].mark if name in known else ""
-        text = text if mark and mark in text else f"{mark}\n" * len(spans[name]) + text
+        text = text if mark and mark in text else f"{mark}\n" * len(items[name]) + text
     return {"from": "human", "value": text if typed else text.removesuffix("\n")}
 
 
@@ -182,19 +175,14 @@ def is_question(opened: Askable, text: str, items: Items) -> bool:
 
 def batch_of(opened: Askable, prompt: Encoded, shown: Shown) -> Batch:
     """The prompt as row 0 of a batch, on the host; the mesh's other row shards get a row without tokens each."""
-    rows, length = row_shards(opened.mesh), -(-len(prompt.ids_L) // BUCKET) * BUCKET
-    empty = ((0, rows - 1), (0, length - len(prompt.ids_L)))
-    arrays = {name: np.pad(of[None], ((0, rows - 1), *[(0, 0)] * of.ndim)) for name, of in shown.arrays.items()}
-    media = opened.config.media
+    media, rows = opened.config.media, row_shards(opened.mesh)
     rooms = {name: media[name].room(len(shown.arrays[name])) for name in media if name in shown.arrays}
-
-    def placed(places_L: np.ndarray) -> np.ndarray:
-        own_L = in_row(places_L, first=first_places(rooms), media=tuple(opened.tokenizer.media))
-        return np.pad(own_L[None], empty, constant_values=-1)
-
-    text = text_batch(*(np.pad(row_L[None], empty) for row_L in (prompt.ids_L, np.ones_like(prompt.ids_L))))
-    fused = {name: placed(of_L) for name, of_L in prompt.fused.items()}
-    return given(text._replace(places_BL=placed(prompt.places_L), fused=fused), media, arrays)
+    batch = prompt_batch(
+        {0: Prompt(ids_L=prompt.ids_L, places_L=prompt.places_L, fused=prompt.fused)}, readers={}, rooms=rooms,
+        media=tuple(opened.tokenizer.media), rows=rows, length=-(-len(prompt.ids_L) // BUCKET) * BUCKET,
+    )  # fmt: skip
+    arrays = {name: np.pad(of[None], ((0, rows - 1), *[(0, 0)] * of.ndim)) for name, of in shown.arrays.items()}
+    return given(batch, media, arrays)
 
 
 class Shown(NamedTuple):

@@ -21,7 +21,7 @@ import numpy as np
 from moextend_jax.config import IMAGE, MoextendError
 from moextend_jax.evaluate.chat import Conversation, remembered
 from moextend_jax.evaluate.routed import routing_of
-from moextend_jax.evaluate.speak import Items, is_question, one_each, question, read_item, speak
+from moextend_jax.evaluate.speak import Items, is_question, question, read_item, speak
 from moextend_jax.folders import extra_hint
 from moextend_jax.generate import Sampling
 from moextend_jax.media import KINDS
@@ -76,7 +76,7 @@ class Page:
             yield self._seen(talk.opened, prompt, shown, said)  # whatever becomes of the other
         other = None if beside in (NOTHING, talk.opened.name) else self.models[beside].open()
         if other is not None and (text or not other.plain):  # which has nothing to go on with
-            yield self._beside(other, text, prompt or [question(other, text, one_each(shown))], shown)
+            yield self._beside(other, text, prompt or [question(other, text, shown)], shown)
 
     def _beside(self, opened: Askable, text: str, prompt: Any, items: Items) -> Seen:
         """The same question to another model, which may not be able to see what is shown."""

@@ -15,6 +15,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,49 +29,41 @@ START = b'{"question_id":'
 """Of every line, ours and LLaVA's."""
 
 
+@dataclass(kw_only=True)
 class Answers:
     """An answers file being written. `texts`: the answers that are in it, by the key of their question.
 
     Use it as a context manager, or call `close`. One process writes a file: of several hosts the first.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        descriptor: int,
-        texts: dict[Key, str],
-        model_id: str,
-        more: Callable[[Question], dict[str, Any]] | None,
-    ):
-        self.path = path
-        self.texts = texts
-        self._descriptor, self._model_id, self._more = descriptor, model_id, more
-        self._flushed = time.monotonic()
+    path: Path
+    descriptor: int
+    texts: dict[Key, str]
+    model_id: str
+    more: Callable[[Question], dict[str, Any]] | None
+    flushed: float = field(default_factory=time.monotonic)
 
     def append(self, question: Question, text: str) -> None:
         """Writes one answer. A question that has one already is the caller's error: ValueError."""
         if question.key in self.texts:
             raise ValueError(f"question {question.key} of {question.where} has its answer in {self.path} already")
-        line = _line(question, text, model_id=self._model_id, more=self._more)
-        start = os.lseek(self._descriptor, 0, os.SEEK_END)
-        if os.write(self._descriptor, line) != len(line):  # a full disk
-            os.ftruncate(self._descriptor, start)
+        line = _line(question, text, model_id=self.model_id, more=self.more)
+        start = os.lseek(self.descriptor, 0, os.SEEK_END)
+        if os.write(self.descriptor, line) != len(line):  # a full disk
+            os.ftruncate(self.descriptor, start)
             raise OSError(errno.ENOSPC, "no space for another answer", str(self.path))
         self.texts[question.key] = text
-        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+        if time.monotonic() - self.flushed > FLUSH_SECONDS:
             self.flush()
 
     def flush(self) -> None:
         """Returns when all answers so far are on the disk."""
-        os.fsync(self._descriptor)
-        self._flushed = time.monotonic()
+        os.fsync(self.descriptor)
+        self.flushed = time.monotonic()
 
     def close(self) -> None:
-        if self._descriptor >= 0:
-            self.flush()
-            os.close(self._descriptor)
-            self._descriptor = -1
+        self.flush()
+        os.close(self.descriptor)
 
     def __enter__(self) -> Answers:
         return self
@@ -112,7 +105,7 @@ def open_answers(
         os.close(descriptor)
         raise
     texts = {of: entry["text"] for of, (_, entry) in found.items()}
-    return Answers(path, descriptor=descriptor, texts=texts, model_id=model_id, more=more)
+    return Answers(path=path, descriptor=descriptor, texts=texts, model_id=model_id, more=more)
 
 
 def read_answers(

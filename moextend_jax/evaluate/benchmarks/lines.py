@@ -98,6 +98,19 @@ def json_entries(path: Path, mistakes: Mistakes) -> Iterator[tuple[str, dict[str
         number, place = number + text.count("\n", start, end), end
 
 
+def listed_entries(path: Path, name: str, mistakes: Mistakes) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a JSON file `{name: [...]}`, as those who made VQAv2 and TextVQA publish theirs."""
+    found = json_value(path)
+    listed = found.get(name) if isinstance(found, dict) else None
+    if not isinstance(listed, list) or not listed:
+        raise MoextendError(f'{path} is not {{"{name}": [...]}} as it is published')
+    for n, entry in enumerate(listed):
+        if isinstance(entry, dict):
+            yield f"{path}, {name}[{n}]", entry
+        else:
+            mistakes.add(f"{path}, {name}[{n}]", "not an object {...}")
+
+
 def rows(path: Path, mistakes: Mistakes) -> Iterator[tuple[str, dict[str, str]]]:
     """Rows of a tab-separated file with a header; a cell in double quotes may hold tabs and line breaks."""
 

@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moextend_jax.config import MoextendError
-from moextend_jax.evaluate.benchmarks.lines import first_file, json_value, value
+from moextend_jax.evaluate.benchmarks.lines import first_file, listed_entries, value
 from moextend_jax.evaluate.benchmarks.llava_questions import reader
 from moextend_jax.evaluate.benchmarks.question import Answered, Key, Mistakes
 from moextend_jax.evaluate.benchmarks.scores import Headline, Scores, percent
@@ -65,13 +64,8 @@ def score(answered: Sequence[Answered], home: Path, split: str) -> Scores:
 
 
 def _labels(path: Path, mistakes: Mistakes) -> dict[Key, list[str]]:
-    found = json_value(path)
-    entries = found.get("data") if isinstance(found, dict) else None
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise MoextendError(f'{path} is not {{"data": [{{"image_id", "question", "answers"}}, ...]}}')
     people: dict[Key, list[str]] = {}
-    for n, entry in enumerate(entries):
-        where = f"{path}, data[{n}]"
+    for where, entry in listed_entries(path, "data", mistakes):
         image = value(entry, "image_id", str, where, mistakes)
         question = value(entry, "question", str, where, mistakes)
         answers = value(entry, "answers", list, where, mistakes)

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moextend_jax.config import MoextendError
-from moextend_jax.evaluate.benchmarks.lines import first_file, json_value, value
+from moextend_jax.evaluate.benchmarks.lines import first_file, listed_entries, value
 from moextend_jax.evaluate.benchmarks.llava_questions import SHORT, by_id, llava_questions
 from moextend_jax.evaluate.benchmarks.question import Answered, Mistakes, Question
 from moextend_jax.evaluate.benchmarks.scores import Scores, accuracy_by
@@ -32,7 +31,7 @@ def read(home: Path, split: str) -> list[Question]:
     if split != "val":
         return llava_questions(path, home / "test2015")
     mistakes, questions = Mistakes(), []
-    for where, entry in _entries(path, "questions", mistakes):
+    for where, entry in listed_entries(path, "questions", mistakes):
         question_id = value(entry, "question_id", int, where, mistakes)
         image_id = value(entry, "image_id", int, where, mistakes)
         text = value(entry, "question", str, where, mistakes)
@@ -57,7 +56,7 @@ def score(answered: Sequence[Answered], home: Path, split: str) -> Scores:
         return Scores(None, notes=[SERVER])
     path, mistakes = first_file(home, LABELS), Mistakes()
     labels = {}
-    for where, entry in _entries(path, "annotations", mistakes):
+    for where, entry in listed_entries(path, "annotations", mistakes):
         people = people_of(entry, where, mistakes)
         kind = value(entry, "answer_type", str, where, mistakes)
         question_id = value(entry, "question_id", int, where, mistakes)
@@ -92,15 +91,3 @@ def people_of(entry: dict[str, Any], where: str, mistakes: Mistakes) -> list[str
         mistakes.add(where, "field 'answers' is not [{\"answer\": text}, ...]")
         return []
     return people
-
-
-def _entries(path: Path, name: str, mistakes: Mistakes) -> list[tuple[str, dict[str, Any]]]:
-    found = json_value(path)
-    listed = found.get(name) if isinstance(found, dict) else None
-    if not isinstance(listed, list) or not listed:
-        raise MoextendError(f'{path} is not {{"{name}": [...]}} as VQA publishes it')
-    entries = [(f"{path}, {name}[{n}]", entry) for n, entry in enumerate(listed)]
-    for where, entry in entries:
-        if not isinstance(entry, dict):
-            mistakes.add(where, "not an object {...}")
-    return [(where, entry) for where, entry in entries if isinstance(entry, dict)]
