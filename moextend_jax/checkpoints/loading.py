@@ -364,7 +364,10 @@ def _imported(folder: Path, wanted: _Wanted) -> Source:
     if record.base is None:
         if base is not None:
             raise MoextendError(f"{folder} is a whole model; leave --base {base} out")
-        return _with_feature_layer(source, feature_layer, where=folder)
+        if feature_layer is None or record.config.vision is None:
+            return source
+        vision = huggingface.at_layer(record.config.vision, feature_layer, where=folder)
+        return source._replace(record=record._replace(config=with_vision(record.config, vision)))
     if base is None:
         raise MoextendError(f"{folder} is a delta; name its base with --base DIR")
     below = _open_source(base, wanted._replace(base=None))
@@ -446,7 +449,7 @@ def _plain(folder: Path, stored: Mapping[str, Stored], attributes: dict[str, Any
     _check_dtypes(matched, attributes, wanted, table=config.decoder.family, config=config, where=at)
     # What was packed in four bits has been unpacked.
     kept = {name: value for name, value in attributes.items() if name != "quantization_config"}
-    record = _record(config, config.decoder.family, {"decoder": kept})
+    record = store.Record(config, config.decoder.family, {"decoder": kept})
     source = Source(matched, record, side_files(folder))
     if wanted.vision is None and (folder / "vision" / "config.json").is_file():
         source = _with_tower(source, inside(folder / "vision"), wanted)
@@ -474,7 +477,7 @@ def _tower(folder: Path, stored: Mapping[str, Stored], attributes: dict[str, Any
         config = with_vision(config, used)
         matched = leaves.match(stored, table=table, config=config, where=folder, dtype=wanted.dtype)
     huggingface.check_picture_size(folder, used)
-    return Source(matched, _record(config, table, {"vision": attributes}), side_files(folder, used))
+    return Source(matched, store.Record(config, table, {"vision": attributes}), side_files(folder, used))
 
 
 def _projector(path: Path, stored: Mapping[str, Stored], attributes: Mapping[str, Any] | None) -> Source:
@@ -493,7 +496,7 @@ def _projector(path: Path, stored: Mapping[str, Stored], attributes: Mapping[str
         raise MoextendError(f"{path}: the projector's {prefix + first} is empty")
     config = of_pictures(decoder=DecoderConfig(width=D), vision=VisionConfig(width=C))
     matched = leaves.match(stored, table=table, config=config, where=path)
-    return Source(matched, _record(config, table, {})._replace(projector=(table, prefix)), {})
+    return Source(matched, store.Record(config, table, {}, projector=(table, prefix)), {})
 
 
 def _released(
@@ -598,8 +601,8 @@ def _released(
         name: value
         for name, value in decoder_attributes.items() if name not in ("extensions", "composition", *llava.SOUNDS)
     }  # fmt: skip
-    record = _record(config, layout, {"decoder": decoder_attributes, "vision": tower_attributes})
-    record = record._replace(facts=facts)
+    kept = {"decoder": decoder_attributes, "vision": tower_attributes}
+    record = store.Record(config, layout, kept, facts=facts)
     files = {**(below.files if below else {}), **side_files(folder, config.vision)}
     return Source({**elsewhere, **own}, record, files, below.notes if below else ())
 
@@ -754,18 +757,6 @@ def _with_projector(source: Source, projector: Path) -> Source:
     return source._replace(leaves={**source.leaves, **matched}, record=record)
 
 
-def _with_feature_layer(source: Source, feature_layer: int | None, *, where: Path) -> Source:
-    if feature_layer is None or source.config.vision is None:
-        return source
-    vision = huggingface.at_layer(source.config.vision, feature_layer, where=where)
-    config = with_vision(source.config, vision)
-    return source._replace(record=source.record._replace(config=config))
-
-
-def _record(config: ModelConfig, layout: str, attributes: dict[str, dict[str, Any]]) -> store.Record:
-    return store.Record(config, layout, attributes, ("llava", ""), None, {})
-
-
 def side_files(folder: Path, tower: VisionConfig | None = None) -> dict[str, Path]:
     """The side files of a folder, by name. Pictures must be prepared as for `tower`; default CLIP.
 
@@ -782,8 +773,7 @@ def side_files(folder: Path, tower: VisionConfig | None = None) -> dict[str, Pat
 def _projector_table(stored: Mapping[str, Stored]) -> str | None:
     prefixes = {name.removeprefix("model.").partition(".")[0] for name in stored}
     prefix_of = {"llava": "mm_projector", "llava_hf": "multi_modal_projector"}
-    tables = [table for table, prefix in prefix_of.items() if prefix in prefixes]
-    return tables[0] if tables else None
+    return next((table for table, prefix in prefix_of.items() if prefix in prefixes), None)
 
 
 def _check_kind(stored: Mapping[str, Stored], *, where: Path) -> None:
