@@ -75,11 +75,6 @@ class Delta(NamedTuple):
         """Names of its extensions."""
         return list(dict.fromkeys(map(extension_of, self.record.config.added)))
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What it is known by afterwards."""
-        return {"extensions": self.names, "content_hash": hashes.stored_hash(self.leaves)}
-
 
 def compose(values: ComposeOptions) -> None:
     """Deltas of one base become one model: new experts and router columns side by side, nothing is trained."""
@@ -189,7 +184,7 @@ def composed(base: Source, deltas: Sequence[Delta], *, rule: Any, text: str, sha
         text_isolation="strict" if text == "strict" else "none",
     )
     record = {"rule": rule, "text": text, "shares": {n: added.share for n, added in extensions.items()}}
-    record["deltas"] = [part.identity for part in deltas]
+    record["deltas"] = [{"extensions": d.names, "content_hash": hashes.stored_hash(d.leaves)} for d in deltas]
     facts = _how_to_ask(deltas) | {"text_isolation": config.text_isolation, "composed": record}
     facts |= {"changed": sorted(path for _, path in changed)} if changed else {}
     stored = dict.fromkeys(str(part.record.facts.get("expert_storage", "as_is")) for part in deltas)
