@@ -448,6 +448,13 @@ def test_a_router_with_a_weight_that_is_no_number_is_refused(tmp_path: Path, nam
             open_base(str(base), "embedded", feature_layer=-2)
 
 
+@pytest.mark.parametrize("vision", ["embedded", "none"])
+def test_an_extended_model_is_no_base_with_or_without_pictures(tmp_path: Path, vision: str):
+    folder = folders.released(tmp_path / "extended")
+    with pytest.raises(MoextendError, match="extended cannot be a base: it must hold a decoder that is not extended"):
+        open_base(str(folder), vision, feature_layer=-1)
+
+
 # --- links ------------------------------------------------------------------------------------------------------------
 
 

@@ -264,9 +264,8 @@ def open_base(base: str, vision: str, *, feature_layer: int) -> Source:
     """
     folder = folder_of(base)
     if vision == NO_PICTURES:
-        source = open_source(folder)
+        source = checked_base(open_source(folder), folder)
         own = {path: leaf for path, leaf in source.leaves.items() if path.startswith("decoder/")}
-        check_routers(source)
         return source._replace(leaves=own, record=source.record._replace(config=with_vision(source.config, None)))
     tower = None if vision in ("", "embedded") else named_folder(vision)
     source = open_source(folder, vision=tower, feature_layer=feature_layer)
@@ -276,11 +275,17 @@ def open_base(base: str, vision: str, *, feature_layer: int) -> Source:
         )
     if "vision" not in source.parts:
         source = _with_tower(source, EMBEDDED / "vision", _Wanted(None, None, None, feature_layer, None))
+    checked_base(source, folder)
+    pretrained = {path: leaf for path, leaf in source.leaves.items() if hashes.is_pretrained(path)}
+    return source._replace(leaves=pretrained)
+
+
+def checked_base(source: Source, folder: Path | str) -> Source:
+    """Raises MoextendError where this cannot be a base, or one of its routers is broken."""
     if "decoder" not in source.parts or "extension" in source.parts:
         raise MoextendError(f"{folder} cannot be a base: it must hold a decoder that is not extended")
     check_routers(source)
-    pretrained = {path: leaf for path, leaf in source.leaves.items() if hashes.is_pretrained(path)}
-    return source._replace(leaves=pretrained)
+    return source
 
 
 def open_tower(
@@ -516,9 +521,7 @@ def _released(
     has_tower = any(name.startswith("model.visual.vision_tower.") for name in stored)
     below = None
     if base is not None:
-        below = _open_source(base, wanted._replace(base=None, vision=None if has_tower else vision))
-        if "decoder" not in below.parts or "extension" in below.parts:
-            raise MoextendError(f"{base} cannot be a base: it must hold a decoder that is not extended")
+        below = checked_base(_open_source(base, wanted._replace(base=None, vision=None if has_tower else vision)), base)
         seen = with_vision(ModelConfig(decoder=below.config.decoder), below.config.vision, tags=below.config.tags)
         if seen.media != below.config.media:
             raise MoextendError(
