@@ -55,6 +55,13 @@ def test_a_base_is_read_once(tmp_path: Path, reads: list[str]):
     assert {path.partition("/")[0] for path in reads} == {"decoder"}  # the tower has a record of its own
 
 
+def test_a_published_model_is_opened_without_hashing_it(tmp_path: Path, reads: list[str]):
+    folder = folders.mixtral(tmp_path / "model")
+    opened = open_checkpoint(folder)
+    assert not reads and not (folder / hashes.NAME).exists()
+    assert opened.base_hash == opened_hash(folder) and reads
+
+
 def swap_bytes(path: Path) -> None:
     """Other contents of the same size and, as far as a program can say, the same time."""
     stat, content = path.stat(), bytearray(path.read_bytes())

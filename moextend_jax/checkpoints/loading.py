@@ -129,15 +129,21 @@ class _Wanted(NamedTuple):
 
 
 class Checkpoint(NamedTuple):
-    """A model that can run. `arrays` are by our path; `base_hash` is the content hash of the pretrained part as stored;
-    `layout` is what the folder was: a decoder's family, released, hf (a LLaVA) or delta. `source` is what it was read
-    from."""
+    """A model that can run. `arrays` are by our path; `source` is what they were read from."""
 
     config: ModelConfig
     arrays: dict[str, jax.Array]
-    base_hash: str
-    layout: str
     source: Source
+
+    @property
+    def base_hash(self) -> str:
+        """Content hash of the pretrained part as stored, all of which it may read."""
+        return self.source.record.base or distributed.from_first(lambda: hashes.base_hashes(self.source.leaves).base)
+
+    @property
+    def layout(self) -> str:
+        """What the folder was: a decoder's family, released, hf (a LLaVA) or delta."""
+        return self.source.record.layout
 
 
 def open_checkpoint(
@@ -178,13 +184,11 @@ def open_checkpoint(
         shardings = dict.fromkeys(matched, SingleDeviceSharding(jax.local_devices()[0]))
     else:
         shardings = parameter_shardings(abstract(config), mesh)
-    return Checkpoint(
-        config=config,
-        arrays=leaves.read_sharded(matched, shardings, dtype=dtype),
-        base_hash=source.record.base or distributed.from_first(lambda: hashes.base_hashes(source.leaves).base),
-        layout=source.record.layout,
-        source=source,
-    )
+    arrays = leaves.read_sharded(matched, shardings, dtype=dtype)
+    if source.record.base is None:  # else that of a delta and its base was checked as they were opened
+        claimed = {path: leaf for path, leaf in source.leaves.items() if leaf.sha256}
+        distributed.from_first(lambda: hashes.leaf_hashes(claimed))  # refuses what is not what was imported
+    return Checkpoint(config, arrays, source)
 
 
 def with_what_is_read(config: ModelConfig, paths: Iterable[str]) -> ModelConfig:
