@@ -10,7 +10,7 @@ import reprlib
 import stat
 import warnings
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 
@@ -91,23 +91,6 @@ def read_small(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise MoextendError(f"{path} cannot be read: {said_by(error)}") from None
-
-
-class Bytes:
-    """A place in the bytes of a file, which every read moves on. What is not there is a ValueError."""
-
-    def __init__(self, file: BinaryIO, size: int):
-        self.file, self.size, self.at = file, size, 0
-
-    def check(self, count: int) -> None:
-        """Whether so many bytes can follow."""
-        if count > self.size - self.at:
-            raise ValueError(f"it is cut short: {self.size:,} bytes are not all")
-
-    def take(self, count: int) -> bytes:
-        self.check(count)
-        self.at += count
-        return self.file.read(count)
 
 
 def npy_header(file: IO[bytes], *, most: int = 10_000) -> tuple[tuple[int, ...], np.dtype[Any]]:

@@ -143,16 +143,16 @@ def test_the_released_checkpoints(name: str):
 
 
 def test_the_hash_is_of_what_is_stored_however_it_is_stored_and_run(tmp_path: Path):
-    one = open_checkpoint(folders.mixtral(tmp_path / "one"))
-    assert open_checkpoint(folders.mixtral(tmp_path / "shards", shards=4)).base_hash == one.base_hash
-    assert open_checkpoint(tmp_path / "one", dtype="float32").base_hash == one.base_hash
+    one = open_checkpoint(folders.mixtral(tmp_path / "one")).base_hash
+    assert open_checkpoint(folders.mixtral(tmp_path / "shards", shards=4)).base_hash == one
+    assert open_checkpoint(tmp_path / "one", dtype="float32").base_hash == one
     convert.import_source(open_source(tmp_path / "one"), tmp_path / "imported")
-    assert open_checkpoint(tmp_path / "imported").base_hash == one.base_hash
-    assert json.loads((tmp_path / "imported" / "moextend.json").read_text())["base_hash"] == one.base_hash
-    assert open_checkpoint(folders.mixtral(tmp_path / "other", seed=1)).base_hash != one.base_hash
-    assert open_checkpoint(folders.mixtral(tmp_path / "f32", dtype=np.float32)).base_hash != one.base_hash
+    assert open_checkpoint(tmp_path / "imported").base_hash == one
+    assert json.loads((tmp_path / "imported" / "moextend.json").read_text())["base_hash"] == one
+    assert open_checkpoint(folders.mixtral(tmp_path / "other", seed=1)).base_hash != one
+    assert open_checkpoint(folders.mixtral(tmp_path / "f32", dtype=np.float32)).base_hash != one
     folders.change(tmp_path / "one", {"model.norm.weight": lambda old: np.nextafter(old, np.ones_like(old) * 9)})
-    assert open_checkpoint(tmp_path / "one").base_hash != one.base_hash
+    assert open_checkpoint(tmp_path / "one").base_hash != one
 
 
 def test_a_tensor_moved_to_another_place_changes_the_hash(tmp_path: Path):
@@ -446,6 +446,13 @@ def test_a_router_with_a_weight_that_is_no_number_is_refused(tmp_path: Path, nam
         base = folders.change(folders.mixtral(tmp_path / "base"), {name: change})
         with pytest.raises(MoextendError, match=message):
             open_base(str(base), "embedded", feature_layer=-2)
+
+
+@pytest.mark.parametrize("vision", ["embedded", "none"])
+def test_an_extended_model_is_no_base_with_or_without_pictures(tmp_path: Path, vision: str):
+    folder = folders.released(tmp_path / "extended")
+    with pytest.raises(MoextendError, match="extended cannot be a base: it must hold a decoder that is not extended"):
+        open_base(str(folder), vision, feature_layer=-1)
 
 
 # --- links ------------------------------------------------------------------------------------------------------------

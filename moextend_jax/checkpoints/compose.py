@@ -19,7 +19,7 @@ from rich.console import Console
 from moextend_jax.checkpoints import delta, hashes, store, train_state
 from moextend_jax.checkpoints.convert import described, export_delta, import_source
 from moextend_jax.checkpoints.leaves import Leaf
-from moextend_jax.checkpoints.loading import Source, check_routers, folder_of, open_source, open_tower
+from moextend_jax.checkpoints.loading import Source, checked_base, folder_of, open_source, open_tower
 from moextend_jax.config import (
     ADDITIONS,
     IMAGE,
@@ -75,11 +75,6 @@ class Delta(NamedTuple):
         """Names of its extensions."""
         return list(dict.fromkeys(map(extension_of, self.record.config.added)))
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What it is known by afterwards."""
-        return {"extensions": self.names, "content_hash": hashes.stored_hash(self.leaves)}
-
 
 def compose(values: ComposeOptions) -> None:
     """Deltas of one base become one model: new experts and router columns side by side, nothing is trained."""
@@ -128,10 +123,7 @@ def open_base_of(base: str, deltas: Sequence[Delta], *, towers: Mapping[str, str
             raise MoextendError(f"--tower {name}: no delta is for the medium {name!r}; they are for {', '.join(media)}")
     feature_layer = getattr(media[IMAGE].tower, "feature_layer", None) if IMAGE in media else None
     vision = folder_of(towers[IMAGE], inside="vision") if IMAGE in towers else None
-    source = open_source(folder_of(base), vision=vision, feature_layer=feature_layer)
-    if "decoder" not in source.parts or "extension" in source.parts:
-        raise MoextendError(f"{base} cannot be a base: it must hold a decoder that is not extended")
-    check_routers(source)
+    source = checked_base(open_source(folder_of(base), vision=vision, feature_layer=feature_layer), base)
     leaves = {path: leaf for path, leaf in source.leaves.items() if hashes.is_pretrained(path)}
     for name, at in towers.items():
         if name != IMAGE:
@@ -189,7 +181,7 @@ def composed(base: Source, deltas: Sequence[Delta], *, rule: Any, text: str, sha
         text_isolation="strict" if text == "strict" else "none",
     )
     record = {"rule": rule, "text": text, "shares": {n: added.share for n, added in extensions.items()}}
-    record["deltas"] = [part.identity for part in deltas]
+    record["deltas"] = [{"extensions": d.names, "content_hash": hashes.stored_hash(d.leaves)} for d in deltas]
     facts = _how_to_ask(deltas) | {"text_isolation": config.text_isolation, "composed": record}
     facts |= {"changed": sorted(path for _, path in changed)} if changed else {}
     stored = dict.fromkeys(str(part.record.facts.get("expert_storage", "as_is")) for part in deltas)

@@ -150,7 +150,7 @@ def import_source(
         raise MoextendError("--storage is for pretrained experts, and there are none")
     quantising.check(source.config.decoder, storage, one_device())
     planned = store.tensors_of(source.leaves, dtype=dtype, storage=storage)
-    with watched(planned, dst, console) as (meter, written), new_folder(dst) as folder:
+    with watched(planned, dst, console) as (cost, written), new_folder(dst) as folder:
         # The base of an applied delta or of a partial save is in the folder too: what is written is whole.
         record = source.record
         if record.base is not None:
@@ -160,7 +160,7 @@ def import_source(
             folder, source.leaves, record, dtype=dtype, storage=storage, max_shard_bytes=size_of(SHARD), written=written
         )
         _copy_files(source.files, folder)
-    return meter.cost()
+    return cost()
 
 
 # --- export -----------------------------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ def export_source(
         return _export_peft(source, dst, extensions=extensions, console=console)
     files = _layout(source, layout)
     everything = {f"{name}/{file}": tensor for name, (planned, _) in files.items() for file, tensor in planned.items()}
-    with watched(everything, dst, console) as (meter, written), new_folder(dst) as folder:
+    with watched(everything, dst, console) as (cost, written), new_folder(dst) as folder:
         for name, (planned, attributes) in files.items():
             inside = folder / name
             inside.mkdir(exist_ok=True)
@@ -234,7 +234,7 @@ def export_source(
         if layout != "llava":
             _copy_files(source.files.items() - processor.items() if layout not in TOWERS else (), folder)
             _copy_files(processor, tower)
-    return meter.cost()
+    return cost()
 
 
 def _layout(source: Source, layout: str) -> dict[str, tuple[dict[str, Planned], dict[str, Any]]]:
@@ -299,9 +299,9 @@ def export_delta(
     record = source.record._replace(layout="delta", base=base, parts=parts or {}, config=own.config, facts=facts)
     delta_leaves = own.leaves | trained
     planned = {path: leaves.plan_ours(leaf) for path, leaf in delta_leaves.items()}
-    with watched(planned, dst, console) as (meter, written), new_folder(dst) as folder:
+    with watched(planned, dst, console) as (cost, written), new_folder(dst) as folder:
         store.write(folder, delta_leaves, record, max_shard_bytes=size_of(SHARD), written=written)
-    return meter.cost()
+    return cost()
 
 
 def _export_peft(source: Source, dst: Path, *, extensions: Collection[str] | None, console: Console | None) -> Cost:
@@ -320,11 +320,11 @@ def _export_peft(source: Source, dst: Path, *, extensions: Collection[str] | Non
     start = f"adapters/{name}/"
     factors = {path.removeprefix(start): leaf for path, leaf in own.leaves.items() if path.startswith(start)}
     planned, attributes = peft.planned(factors, adapter, source.config.decoder)
-    with watched(planned, dst, console) as (meter, written), new_folder(dst) as folder:
+    with watched(planned, dst, console) as (cost, written), new_folder(dst) as folder:
         write_safetensors(folder, planned, max_shard_bytes=sum(t.nbytes for t in planned.values()), written=written)
         (folder / "model.safetensors").rename(folder / peft.TENSORS)
         huggingface.write_json(folder / peft.CONFIG, attributes)
-    return meter.cost()
+    return cost()
 
 
 def parts_of(layout: str, source: Source) -> set[str]:

@@ -36,26 +36,6 @@ class Cost(NamedTuple):
         )
 
 
-class Meter:
-    """Counts the bytes written, the time, and the peak of resident memory above what it was at the start.
-
-    Resident memory includes the pages of mapped files, so nothing hides in them. Linux tells the peak since a
-    reset.
-    """
-
-    def __init__(self, planned: Mapping[str, Planned]):
-        sizes = [tensor.nbytes for tensor in planned.values()]
-        self.total, self.largest = sum(sizes), max(sizes, default=0)
-        self.started, self.before = time.perf_counter(), None
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-            self.before = _memory("VmRSS")
-
-    def cost(self) -> Cost:
-        peak = None if self.before is None else max(0, _memory("VmHWM") - self.before)
-        return Cost(self.total, time.perf_counter() - self.started, peak, self.largest)
-
-
 def _memory(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
@@ -64,12 +44,25 @@ def _memory(field: str) -> int:
 @contextlib.contextmanager
 def watched(
     planned: Mapping[str, Planned], dst: Path, console: Console | None
-) -> Iterator[tuple[Meter, Callable[[int], None]]]:
-    """A meter, a progress bar where there is a terminal, and an early error where the disk is too small."""
-    meter = Meter(planned)
+) -> Iterator[tuple[Callable[[], Cost], Callable[[int], None]]]:
+    """What tells the cost in the end, and what hears of bytes written, for a progress bar where there is a terminal.
+
+    Raises:
+      MoextendError: the disk is too small.
+    """
+    sizes = [tensor.nbytes for tensor in planned.values()]
+    total, started, before = sum(sizes), time.perf_counter(), None
     parent = next(folder for folder in dst.absolute().parents if folder.exists())
-    if (free := shutil.disk_usage(parent).free) < meter.total:
-        raise MoextendError(f"{dst} needs {_size(meter.total)}, and its disk has {_size(free)} left")
+    if (free := shutil.disk_usage(parent).free) < total:
+        raise MoextendError(f"{dst} needs {_size(total)}, and its disk has {_size(free)} left")
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux tells the peak since a reset
+        before = _memory("VmRSS")
+
+    def cost() -> Cost:
+        peak = None if before is None else max(0, _memory("VmHWM") - before)
+        return Cost(total, time.perf_counter() - started, peak, max(sizes, default=0))
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -78,13 +71,13 @@ def watched(
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, disable=console is None or not console.is_terminal) as progress:
-        task = progress.add_task(dst.name, total=meter.total)
-        yield meter, lambda nbytes: progress.advance(task, nbytes)
+        task = progress.add_task(dst.name, total=total)
+        yield cost, lambda nbytes: progress.advance(task, nbytes)
 
 
 def _size(nbytes: float) -> str:
     for unit in ("B", "kB", "MB"):
-        if nbytes < 1000:
+        if nbytes < 999.5:  # what is more becomes 1e+03
             return f"{nbytes:.3g} {unit}"
         nbytes /= 1000
     return f"{nbytes:,.2f} GB"

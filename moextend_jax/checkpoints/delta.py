@@ -81,7 +81,9 @@ def check_base(
     for name, medium in record.config.media.items():
         if isinstance(medium.tower, FeaturesConfig) or f"media/{name}" in known.parts:
             continue
-        raise MoextendError(f"{where} was trained with a {tower_of(name)} and {base} has none: {how_to_name(name)}")
+        how = f"`moextend compose BASE DELTA NEW_FOLDER --tower {name}=DIR` puts them together"
+        how = "name it with --vision DIR" if name == IMAGE else how
+        raise MoextendError(f"{where} was trained with a {tower_of(name)} and {base} has none: {how}")
     if record.config.media.keys() == {IMAGE} or not record.parts:
         if known.base != record.base:
             raise MoextendError(
@@ -99,13 +101,6 @@ def check_base(
 def tower_of(medium: str) -> str:
     """What messages call a medium's tower."""
     return "vision tower" if medium == IMAGE else f"tower for {medium}"
-
-
-def how_to_name(medium: str) -> str:
-    """What to do about a tower that is missing."""
-    if medium == IMAGE:
-        return "name it with --vision DIR"
-    return f"`moextend compose BASE DELTA NEW_FOLDER --tower {medium}=DIR` puts them together"
 
 
 def differing(own: DecoderConfig, other: DecoderConfig) -> str:

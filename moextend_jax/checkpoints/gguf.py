@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -153,7 +153,11 @@ def _tensors(placed: Mapping[str, Placed], config: DecoderConfig, *, where: Path
         wanted |= names.keys()
         shape = tuple(math.prod(config.sizes()[letter] for letter in axis) for axis in row.shape)
         row_tensors = {name: placed[name] for name in names if name in placed}
-        _check(row_tensors.values(), shape, where=where)
+        for tensor in row_tensors.values():
+            if tensor.kind not in _KEPT.keys() | _QUANTISED:
+                raise MoextendError(f"{where}: {tensor.name} is of type {tensor.kind.name}, which cannot be read")
+            if tensor.shape != shape:
+                raise MoextendError(f"{where}: {tensor.name} has shape {list(tensor.shape)}, expected {list(shape)}")
         # Layers are stacked into one array: its type is what they have in common.
         kinds = {_KEPT.get(tensor.kind, _FLOAT32) for tensor in row_tensors.values()}
         dtype = kinds.pop() if len(kinds) == 1 else _FLOAT32
@@ -166,14 +170,6 @@ def _tensors(placed: Mapping[str, Placed], config: DecoderConfig, *, where: Path
     if missing_or_surplus := difference(wanted, placed):
         raise MoextendError(f"{where}: the tensors are not those of this model.{missing_or_surplus}")
     return tensors
-
-
-def _check(tensors: Iterable[Placed], shape: tuple[int, ...], *, where: Path) -> None:
-    for tensor in tensors:
-        if tensor.kind not in _KEPT.keys() | _QUANTISED:
-            raise MoextendError(f"{where}: {tensor.name} is of type {tensor.kind.name}, which cannot be read")
-        if tensor.shape != shape:
-            raise MoextendError(f"{where}: {tensor.name} has shape {list(tensor.shape)}, expected {list(shape)}")
 
 
 def _read(path: Path, placed: Mapping[str, Placed], config: DecoderConfig, name: str, dtype: np.dtype) -> np.ndarray:

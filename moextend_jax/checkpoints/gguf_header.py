@@ -8,9 +8,8 @@ held against the bytes that are left before anything is made of it. The package 
 from __future__ import annotations
 
 import math
-import struct
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT
@@ -18,7 +17,7 @@ from gguf.constants import GGMLQuantizationType as Kind
 from gguf.constants import GGUFValueType as Type
 
 from moextend_jax.config import MoextendError
-from moextend_jax.outside import Bytes, plain_file, said_by, short
+from moextend_jax.outside import plain_file, said_by, short
 
 VERSIONS = (2, 3)
 MAX_BYTES = 128 << 20
@@ -56,22 +55,27 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Placed]]:
         raise MoextendError(f"{path} cannot be read as GGUF: {said_by(error)}") from None
 
 
-class _Bytes(Bytes):
+class _Bytes:
+    """A place in the bytes of a file, which every read moves on. What is not there is a ValueError."""
+
+    def __init__(self, file: BinaryIO, size: int):
+        self.file, self.size, self.at = file, size, 0
+
     def header(self) -> tuple[dict[str, Any], dict[str, Placed]]:
         if self.take(4) != b"GGUF":
             raise ValueError("it does not begin with GGUF")
-        version = self.number("<u4")
+        version = self.number(4)
         if version & 0xFFFF == 0:
             raise ValueError("it has the byte order of other machines; convert it with gguf-convert-endian")
         if version not in VERSIONS:
             raise ValueError(f"it is of version {version}; only {' and '.join(map(str, VERSIONS))} are known")
-        tensors, keys = self.number("<u8"), self.number("<u8")
+        tensors, keys = self.number(8), self.number(8)
         metadata: dict[str, Any] = {}
         for _ in range(keys):
             name = self.string()
             if name in metadata:
                 raise ValueError(f"key {short(name)} stands twice")
-            metadata[name] = self.value(self.number("<u4"), name)
+            metadata[name] = self.value(self.number(4), name)
         described: dict[str, tuple[Kind, tuple[int, ...], int]] = {}
         for _ in range(tensors):
             name = self.string()
@@ -81,21 +85,28 @@ class _Bytes(Bytes):
         return metadata, self.places(described, metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT))
 
     def check(self, count: int) -> None:
-        super().check(count)
+        """Whether so many bytes can follow."""
+        if count > self.size - self.at:
+            raise ValueError(f"it is cut short: {self.size:,} bytes are not all")
         if count > MAX_BYTES - self.at:
             raise ValueError(f"what stands before its tensors takes more than {MAX_BYTES:,} bytes")
 
-    def number(self, kind: str) -> int:
-        return struct.unpack({"<u4": "<I", "<u8": "<Q"}[kind], self.take(int(kind[-1])))[0]
+    def take(self, count: int) -> bytes:
+        self.check(count)
+        self.at += count
+        return self.file.read(count)
+
+    def number(self, nbytes: int) -> int:
+        return int.from_bytes(self.take(nbytes), "little")
 
     def string(self) -> str:
-        return self.take(self.number("<u8")).decode()
+        return self.take(self.number(8)).decode()
 
     def value(self, code: int, name: str) -> Any:
         if code == Type.STRING:
             return self.string()
         if code == Type.ARRAY:
-            inner, count = self.number("<u4"), self.number("<u8")
+            inner, count = self.number(4), self.number(8)
             if inner == Type.STRING:
                 self.check(8 * count)  # their lengths alone
                 return [self.string() for _ in range(count)]
@@ -110,11 +121,11 @@ class _Bytes(Bytes):
         return (array != 0 if code == Type.BOOL else array).tolist()
 
     def tensor(self, name: str) -> tuple[Kind, tuple[int, ...], int]:
-        axes = self.number("<u4")
+        axes = self.number(4)
         if axes > MAX_AXES:
             raise ValueError(f"tensor {short(name)} has {axes} axes")
-        shape = tuple(self.number("<u8") for _ in range(axes))[::-1]
-        code, offset = self.number("<u4"), self.number("<u8")
+        shape = tuple(self.number(8) for _ in range(axes))[::-1]
+        code, offset = self.number(4), self.number(8)
         if code not in {kind.value for kind in GGML_QUANT_SIZES}:
             raise ValueError(f"tensor {short(name)} is of the unknown type {code}")
         return Kind(code), shape, offset

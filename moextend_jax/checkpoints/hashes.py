@@ -15,10 +15,9 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import re
-import tempfile
 import time
+import uuid
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -187,16 +186,13 @@ def _write_record(folder: Path, lines: Mapping[str, Any]) -> None:
         with contextlib.suppress(MoextendError), reading(folder):
             (folder / NAME).write_text(text)  # an object appears whole
         return
+    unfinished = folder / f"{NAME}.{uuid.uuid4().hex}"
     with contextlib.suppress(OSError):
-        handle, unfinished = tempfile.mkstemp(prefix=NAME, dir=folder)
         try:
-            with os.fdopen(handle, "w") as file:
-                file.write(text)
-            os.chmod(unfinished, 0o644)  # mkstemp's are their owner's alone
-            os.replace(unfinished, folder / NAME)
-        except BaseException:
-            os.unlink(unfinished)
-            raise
+            unfinished.write_text(text)
+            unfinished.replace(folder / NAME)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
 
 # --- of arrays --------------------------------------------------------------------------------------------------------

@@ -57,8 +57,8 @@ def preprocessor(tower: VisionConfig) -> dict[str, Any]:
     which part of a picture is shown, is the recipe's choice, unless the tower takes pictures stretched."""
     mean_c, std_c = LEVELS[tower.levels]
     return {
-        "image_mean": [round(float(mean), 6) for mean in mean_c], "image_std": [round(float(std), 6) for std in std_c],
-        "do_normalize": True, "do_rescale": True, "rescale_factor": round(1 / 255, 6),
+        "image_mean": [round(float(mean), 8) for mean in mean_c], "image_std": [round(float(std), 8) for std in std_c],
+        "do_normalize": True, "do_rescale": True, "rescale_factor": 1 / 255,
         "resample": RESAMPLES[tower.resample], "do_convert_rgb": True,
     }  # fmt: skip
 

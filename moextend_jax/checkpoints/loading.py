@@ -129,15 +129,21 @@ class _Wanted(NamedTuple):
 
 
 class Checkpoint(NamedTuple):
-    """A model that can run. `arrays` are by our path; `base_hash` is the content hash of the pretrained part as stored;
-    `layout` is what the folder was: a decoder's family, released, hf (a LLaVA) or delta. `source` is what it was read
-    from."""
+    """A model that can run. `arrays` are by our path; `source` is what they were read from."""
 
     config: ModelConfig
     arrays: dict[str, jax.Array]
-    base_hash: str
-    layout: str
     source: Source
+
+    @property
+    def base_hash(self) -> str:
+        """Content hash of the pretrained part as stored, all of which it may read."""
+        return self.source.record.base or distributed.from_first(lambda: hashes.base_hashes(self.source.leaves).base)
+
+    @property
+    def layout(self) -> str:
+        """What the folder was: a decoder's family, released, hf (a LLaVA) or delta."""
+        return self.source.record.layout
 
 
 def open_checkpoint(
@@ -178,13 +184,11 @@ def open_checkpoint(
         shardings = dict.fromkeys(matched, SingleDeviceSharding(jax.local_devices()[0]))
     else:
         shardings = parameter_shardings(abstract(config), mesh)
-    return Checkpoint(
-        config=config,
-        arrays=leaves.read_sharded(matched, shardings, dtype=dtype),
-        base_hash=source.record.base or distributed.from_first(lambda: hashes.base_hashes(source.leaves).base),
-        layout=source.record.layout,
-        source=source,
-    )
+    arrays = leaves.read_sharded(matched, shardings, dtype=dtype)
+    if source.record.base is None:  # else that of a delta and its base was checked as they were opened
+        claimed = {path: leaf for path, leaf in source.leaves.items() if leaf.sha256}
+        distributed.from_first(lambda: hashes.leaf_hashes(claimed))  # refuses what is not what was imported
+    return Checkpoint(config, arrays, source)
 
 
 def with_what_is_read(config: ModelConfig, paths: Iterable[str]) -> ModelConfig:
@@ -264,9 +268,8 @@ def open_base(base: str, vision: str, *, feature_layer: int) -> Source:
     """
     folder = folder_of(base)
     if vision == NO_PICTURES:
-        source = open_source(folder)
+        source = checked_base(open_source(folder), folder)
         own = {path: leaf for path, leaf in source.leaves.items() if path.startswith("decoder/")}
-        check_routers(source)
         return source._replace(leaves=own, record=source.record._replace(config=with_vision(source.config, None)))
     tower = None if vision in ("", "embedded") else named_folder(vision)
     source = open_source(folder, vision=tower, feature_layer=feature_layer)
@@ -276,11 +279,17 @@ def open_base(base: str, vision: str, *, feature_layer: int) -> Source:
         )
     if "vision" not in source.parts:
         source = _with_tower(source, EMBEDDED / "vision", _Wanted(None, None, None, feature_layer, None))
+    checked_base(source, folder)
+    pretrained = {path: leaf for path, leaf in source.leaves.items() if hashes.is_pretrained(path)}
+    return source._replace(leaves=pretrained)
+
+
+def checked_base(source: Source, folder: Path | str) -> Source:
+    """Raises MoextendError where this cannot be a base, or one of its routers is broken."""
     if "decoder" not in source.parts or "extension" in source.parts:
         raise MoextendError(f"{folder} cannot be a base: it must hold a decoder that is not extended")
     check_routers(source)
-    pretrained = {path: leaf for path, leaf in source.leaves.items() if hashes.is_pretrained(path)}
-    return source._replace(leaves=pretrained)
+    return source
 
 
 def open_tower(
@@ -364,7 +373,10 @@ def _imported(folder: Path, wanted: _Wanted) -> Source:
     if record.base is None:
         if base is not None:
             raise MoextendError(f"{folder} is a whole model; leave --base {base} out")
-        return _with_feature_layer(source, feature_layer, where=folder)
+        if feature_layer is None or record.config.vision is None:
+            return source
+        vision = huggingface.at_layer(record.config.vision, feature_layer, where=folder)
+        return source._replace(record=record._replace(config=with_vision(record.config, vision)))
     if base is None:
         raise MoextendError(f"{folder} is a delta; name its base with --base DIR")
     below = _open_source(base, wanted._replace(base=None))
@@ -446,7 +458,7 @@ def _plain(folder: Path, stored: Mapping[str, Stored], attributes: dict[str, Any
     _check_dtypes(matched, attributes, wanted, table=config.decoder.family, config=config, where=at)
     # What was packed in four bits has been unpacked.
     kept = {name: value for name, value in attributes.items() if name != "quantization_config"}
-    record = _record(config, config.decoder.family, {"decoder": kept})
+    record = store.Record(config, config.decoder.family, {"decoder": kept})
     source = Source(matched, record, side_files(folder))
     if wanted.vision is None and (folder / "vision" / "config.json").is_file():
         source = _with_tower(source, inside(folder / "vision"), wanted)
@@ -474,7 +486,7 @@ def _tower(folder: Path, stored: Mapping[str, Stored], attributes: dict[str, Any
         config = with_vision(config, used)
         matched = leaves.match(stored, table=table, config=config, where=folder, dtype=wanted.dtype)
     huggingface.check_picture_size(folder, used)
-    return Source(matched, _record(config, table, {"vision": attributes}), side_files(folder, used))
+    return Source(matched, store.Record(config, table, {"vision": attributes}), side_files(folder, used))
 
 
 def _projector(path: Path, stored: Mapping[str, Stored], attributes: Mapping[str, Any] | None) -> Source:
@@ -493,7 +505,7 @@ def _projector(path: Path, stored: Mapping[str, Stored], attributes: Mapping[str
         raise MoextendError(f"{path}: the projector's {prefix + first} is empty")
     config = of_pictures(decoder=DecoderConfig(width=D), vision=VisionConfig(width=C))
     matched = leaves.match(stored, table=table, config=config, where=path)
-    return Source(matched, _record(config, table, {})._replace(projector=(table, prefix)), {})
+    return Source(matched, store.Record(config, table, {}, projector=(table, prefix)), {})
 
 
 def _released(
@@ -513,9 +525,7 @@ def _released(
     has_tower = any(name.startswith("model.visual.vision_tower.") for name in stored)
     below = None
     if base is not None:
-        below = _open_source(base, wanted._replace(base=None, vision=None if has_tower else vision))
-        if "decoder" not in below.parts or "extension" in below.parts:
-            raise MoextendError(f"{base} cannot be a base: it must hold a decoder that is not extended")
+        below = checked_base(_open_source(base, wanted._replace(base=None, vision=None if has_tower else vision)), base)
         seen = with_vision(ModelConfig(decoder=below.config.decoder), below.config.vision, tags=below.config.tags)
         if seen.media != below.config.media:
             raise MoextendError(
@@ -598,8 +608,8 @@ def _released(
         name: value
         for name, value in decoder_attributes.items() if name not in ("extensions", "composition", *llava.SOUNDS)
     }  # fmt: skip
-    record = _record(config, layout, {"decoder": decoder_attributes, "vision": tower_attributes})
-    record = record._replace(facts=facts)
+    kept = {"decoder": decoder_attributes, "vision": tower_attributes}
+    record = store.Record(config, layout, kept, facts=facts)
     files = {**(below.files if below else {}), **side_files(folder, config.vision)}
     return Source({**elsewhere, **own}, record, files, below.notes if below else ())
 
@@ -754,18 +764,6 @@ def _with_projector(source: Source, projector: Path) -> Source:
     return source._replace(leaves={**source.leaves, **matched}, record=record)
 
 
-def _with_feature_layer(source: Source, feature_layer: int | None, *, where: Path) -> Source:
-    if feature_layer is None or source.config.vision is None:
-        return source
-    vision = huggingface.at_layer(source.config.vision, feature_layer, where=where)
-    config = with_vision(source.config, vision)
-    return source._replace(record=source.record._replace(config=config))
-
-
-def _record(config: ModelConfig, layout: str, attributes: dict[str, dict[str, Any]]) -> store.Record:
-    return store.Record(config, layout, attributes, ("llava", ""), None, {})
-
-
 def side_files(folder: Path, tower: VisionConfig | None = None) -> dict[str, Path]:
     """The side files of a folder, by name. Pictures must be prepared as for `tower`; default CLIP.
 
@@ -782,8 +780,7 @@ def side_files(folder: Path, tower: VisionConfig | None = None) -> dict[str, Pat
 def _projector_table(stored: Mapping[str, Stored]) -> str | None:
     prefixes = {name.removeprefix("model.").partition(".")[0] for name in stored}
     prefix_of = {"llava": "mm_projector", "llava_hf": "multi_modal_projector"}
-    tables = [table for table, prefix in prefix_of.items() if prefix in prefixes]
-    return tables[0] if tables else None
+    return next((table for table, prefix in prefix_of.items() if prefix in prefixes), None)
 
 
 def _check_kind(stored: Mapping[str, Stored], *, where: Path) -> None:

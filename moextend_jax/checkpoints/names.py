@@ -3,7 +3,7 @@
 Import reads a row left to right, export right to left with the layout's sides swapped. Braces stand for stacked
 axes: "{Z}" counts the decoder's layers that route, "{z}" the dense ones before them, "{Y}" extended layers (numbers in
 files are those among all layers), "{E}" pretrained experts, "{X}" new experts (numbered on from E), "{U}" layers of a
-tower or blocks of a resampler, "{u}" those of them that attend to the tower.
+tower.
 
 Published files know one medium, pictures, called "image" in the rows, and layout released one extension, called so
 too. Leaves of others take the same rows: `row_of`.
@@ -44,7 +44,7 @@ from moextend_jax.families.towers import TOWERS
 from moextend_jax.models.adapters import Adapter
 from moextend_jax.models.blocks import make_blocks
 from moextend_jax.models.decoder import Decoder, Extension
-from moextend_jax.models.projectors import TABLE, make_projector, sizes
+from moextend_jax.models.projectors import GROUPS, make_projector, sizes
 from moextend_jax.models.starts import STARTS
 from moextend_jax.models.whisper import sizes_of
 from moextend_jax.parameters import by_path
@@ -116,23 +116,6 @@ WHISPER = (
 )
 """Whisper's encoder: path inside the tower <-> tensor of Hugging Face's encoder."""
 
-
-def _resampler() -> Iterator[Name]:
-    norm = {"norm/scale": "C", "norm/bias": "C"}
-    attention = {f"inner/{part}{end}": axes for part in ("query", "key", "value")
-                 for end, axes in (("", "C N H"), ("_bias", "N H"))}  # fmt: skip
-    attention |= {"inner/out": "N H C", "inner/out_bias": "C", **norm}
-    mlp = {"inner/up": "C J", "inner/up_bias": "J", "inner/down": "J C", "inner/down_bias": "C", **norm}
-    blocks = {"self_attention": ("U", attention), "cross_attention": ("u", attention), "mlp": ("U", mlp)}
-    leaves = {"queries": "q C", **norm, "out": "C d", "out_bias": "d"}
-    yield from (Name(path, path, f"{axes} -> {axes}") for path, axes in leaves.items())
-    for part, (stacked_over, leaves) in blocks.items():
-        for path, axes in leaves.items():
-            yield Name(f"{part}/{path}", f"{part}/{{{stacked_over}}}/{path}", f"{axes} -> {axes}")
-
-
-RESAMPLER = tuple(_resampler())
-"""A resampler: path inside the projector, and the same as name and layout, since no published file holds one."""
 
 TABLES: dict[str, tuple[Name, ...]] = {
     **{name: family.names for name, family in FAMILIES.items()},
@@ -240,7 +223,6 @@ _EXTENSION = _inside(EXTENSION, f"extensions/{IMAGE}/")
 _TOWERS = {name: _inside(tower.names, f"media/{IMAGE}/tower/") for name, tower in TOWERS.items()}
 _OTHERS: dict[type[TowerConfig], dict[str, Name]] = {WhisperConfig: _inside(WHISPER), FeaturesConfig: {}}
 _LINEAR = _inside(TABLES["llava"], f"media/{IMAGE}/projector/")
-_PROJECTORS = dict.fromkeys(TABLE, _LINEAR) | {"resampler": _inside(RESAMPLER)}
 """Rows by path inside the part: `row_of` finds them whatever a medium or an extension is called."""
 
 
@@ -248,9 +230,11 @@ def row_of(path: str, config: ModelConfig) -> Name | None:
     """The row of one of our leaves; None: a model of this configuration has no such leaf."""
     kind, _, inside = path.partition("/")
     name, _, inside = inside.partition("/")
-    rows, leaf = _DECODERS[config.decoder.family], path
     if _is_ours(path, config):
-        return _own_row(path, _own_axes(path, config), stacked=kind in RIVALS)
+        axes, stacked = _own_axes(path, config), kind in RIVALS
+        kept = " ".join(list(axes or ())[stacked:])
+        return None if axes is None else Name(path, path + ".{Z}" * stacked, f"{kept} -> {kept}")
+    rows, leaf = _DECODERS[config.decoder.family], path
     if kind == "extensions":
         rows, leaf = _EXTENSION if name in config.extensions else {}, inside
         added = config.extensions.get(name)
@@ -281,11 +265,11 @@ def _leaves_of_extension(decoder: DecoderConfig, start: StartName, calibrator: C
 
 
 def _is_ours(path: str, config: ModelConfig) -> bool:
-    """Whether only our own files hold a leaf (of a rival, or of a projector on a trunk). Then its row follows from the
-    leaf itself."""
+    """Whether only our own files hold a leaf (of a rival, or of a projector that is not two linear maps). Then its row
+    follows from the leaf itself."""
     kind, name, *rest = path.split("/")
-    on_trunk = kind == "media" and rest[:1] == ["projector"] and name in config.media
-    return kind in RIVALS or (on_trunk and bool(config.media[name].projector.trunk))
+    of_projector = kind == "media" and rest[:1] == ["projector"] and name in config.media
+    return kind in RIVALS or (of_projector and config.media[name].projector.kind not in GROUPS)
 
 
 def _own_axes(path: str, config: ModelConfig) -> dict[str, int] | None:
@@ -297,13 +281,6 @@ def _own_axes(path: str, config: ModelConfig) -> dict[str, int] | None:
     medium = config.media[name]
     leaves = _leaves_of_projector(medium.projector, medium.tower.sizes()["C"], config.decoder.width)
     return leaves.get(inside.removeprefix("projector/"))
-
-
-def _own_row(path: str, axes: dict[str, int] | None, *, stacked: bool) -> Name | None:
-    if axes is None:
-        return None
-    kept = [*axes][stacked:]
-    return Name(path, path + ".{Z}" * stacked, f"{' '.join(kept)} -> {' '.join(kept)}")
 
 
 @functools.cache
@@ -327,7 +304,7 @@ def _axes_of(make: Callable[[nnx.Rngs], Any]) -> dict[str, dict[str, int]]:
 def _rows_of_medium(medium: Medium, part: str) -> dict[str, Name]:
     tower = medium.tower
     of_tower = _TOWERS[tower.family] if isinstance(tower, VisionConfig) else _OTHERS[type(tower)]
-    return {"tower": of_tower, "projector": _PROJECTORS[medium.projector.kind]}.get(part, {})
+    return {"tower": of_tower, "projector": _LINEAR}.get(part, {})
 
 
 class Published(NamedTuple):

@@ -56,6 +56,19 @@ class Factor(NamedTuple):
     layout: str
     """Of the file, then ours: "r D -> D r"."""
 
+    @property
+    def part(self) -> str:
+        """The map, a key of WEIGHTS."""
+        return self.leaf.rpartition("/")[0]
+
+    def shape(self, decoder: DecoderConfig, *, rank: int) -> tuple[int, ...]:
+        """In the file."""
+        return names.shape(self.layout.split(" -> ")[0], {**_letters(self.part, decoder), "r": rank})
+
+    def rearranged(self, array: np.ndarray, layout: str, decoder: DecoderConfig) -> np.ndarray:
+        """`layout` is its own, or the inverse."""
+        return einops.rearrange(array, layout, **names.axis_sizes(layout, _letters(self.part, decoder)))
+
 
 def factors(adapter: AdapterConfig, decoder: DecoderConfig) -> Iterator[Factor]:
     """All tensors in the files of such an adapter. Experts that share factors each have a copy there.
@@ -102,15 +115,6 @@ def _letters(part: str, decoder: DecoderConfig) -> dict[str, int]:
     return names.letters(WEIGHTS[part], ModelConfig(decoder=decoder))
 
 
-def _sizes(part: str, layout: str, decoder: DecoderConfig) -> dict[str, int]:
-    return names.axis_sizes(layout, _letters(part, decoder))
-
-
-def _file_shape(factor: Factor, decoder: DecoderConfig, *, rank: int) -> tuple[int, ...]:
-    sizes = {**_letters(factor.leaf.rpartition("/")[0], decoder), "r": rank}
-    return names.shape(factor.layout.split(" -> ")[0], sizes)
-
-
 # --- out --------------------------------------------------------------------------------------------------------------
 
 
@@ -126,16 +130,13 @@ def planned(
         raise MoextendError(f"layout peft holds LoRA; {adapter.method} has no place in it: --layout delta holds it")
     tensors, modules = {}, {}
     for factor in factors(adapter, decoder):
-        leaf, part = own[factor.leaf], factor.leaf.rpartition("/")[0]
-        layout = names.inverse(factor.layout)
-        sizes = _sizes(part, factor.layout, decoder)
+        leaf = own[factor.leaf]
 
-        def piece(leaf: Leaf = leaf, factor: Factor = factor, layout: str = layout, sizes: Any = sizes) -> np.ndarray:
-            ours = leaf.ours(factor.index[:1])
-            return np.ascontiguousarray(einops.rearrange(ours[factor.index[1:]], layout, **sizes))
+        def pieces(leaf: Leaf = leaf, factor: Factor = factor) -> list[np.ndarray]:
+            ours = leaf.ours(factor.index[:1])[factor.index[1:]]
+            return [np.ascontiguousarray(factor.rearranged(ours, names.inverse(factor.layout), decoder))]
 
-        shape = _file_shape(factor, decoder, rank=adapter.rank)
-        tensors[factor.name] = Planned(shape, leaf.dtype, lambda piece=piece: [piece()])
+        tensors[factor.name] = Planned(factor.shape(decoder, rank=adapter.rank), leaf.dtype, pieces)
         modules[factor.name.rsplit(".", 3)[1]] = None
     attributes = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "r": adapter.rank,
@@ -184,13 +185,13 @@ def open_peft(folder: Path, decoder: DecoderConfig) -> Opened:
     rows = _rows(decoder)
     if unknown := [tensor for tensor in stored if tensor not in rows]:
         raise MoextendError(f"{folder}: {name_list(unknown)} belong to no map of this decoder that an adapter can have")
-    present = {rows[tensor].leaf.rpartition("/")[0] for tensor in stored}
+    present = {rows[tensor].part for tensor in stored}
     adapter = AdapterConfig(
         rank=rank, alpha=float(alpha) * scale, medium="", router="block/router" in present,
         attention=any(part.startswith("attention/") for part in present),
         experts="per_expert" if present & {"block/gate", "block/up", "block/down"} else "none",
     )  # fmt: skip
-    wanted = [factor for factor in rows.values() if _has(adapter, factor.leaf.rpartition("/")[0])]
+    wanted = [factor for factor in rows.values() if _has(adapter, factor.part)]
     absent = [factor.name for factor in wanted if factor.name not in stored]
     halves = [n for n in absent if n.replace("lora_A", "lora_B") in stored or n.replace("lora_B", "lora_A") in stored]
     if halves:
@@ -226,12 +227,10 @@ def _stacked(
     Raises:
       MoextendError: a tensor has another shape.
     """
-    row = names.row_of(path, config)
-    assert row is not None
-    shape = tuple(names.letters(path, config).values())
+    letters = names.letters(path, config)
+    shape = tuple(letters.values())
     there = {index: stored[factor.name] for index, factor in pieces.items() if factor.name in stored}
-    rank, one = names.letters(path, config)["r"], next(iter(pieces.values()))
-    expected, part = _file_shape(one, config.decoder, rank=rank), one.leaf.rpartition("/")[0]
+    expected = next(iter(pieces.values())).shape(config.decoder, rank=letters["r"])
     for index, tensor in there.items():
         if tensor.shape != expected or tensor.dtype not in leaves.FLOATS:
             raise MoextendError(
@@ -247,8 +246,8 @@ def _stacked(
             made = np.zeros(shape[rest:], dtype)
             for index, tensor in there.items():
                 if index[:rest] == some:
-                    layout = pieces[index].layout
-                    made[index[rest:]] = einops.rearrange(tensor.read(), layout, **_sizes(part, layout, config.decoder))
+                    factor = pieces[index]
+                    made[index[rest:]] = factor.rearranged(tensor.read(), factor.layout, config.decoder)
             return made
 
         return Stored(shape[rest:], dtype, read, str(where))

@@ -70,9 +70,9 @@ class Record(NamedTuple):
     config: ModelConfig
     layout: str
     attributes: dict[str, dict[str, Any]]
-    projector: tuple[str, str]
-    base: str | None
-    facts: dict[str, Any]
+    projector: tuple[str, str] = ("llava", "")
+    base: str | None = None
+    facts: dict[str, Any] = {}
     parts: Mapping[str, str] = {}
 
 
@@ -235,9 +235,7 @@ def _checked(record: Record) -> Record:
     """Raises ValueError where another program would have gone wrong later."""
     config = record.config
     for part in (config.decoder, *(medium.tower for medium in config.media.values())):
-        for name, value in dataclasses.asdict(part).items():
-            if not fits(name, value):
-                raise ValueError(f"{name} = {shown(value)} is impossible")
+        _check_sizes(part)
     if config.decoder.family not in FAMILIES:
         raise ValueError(f"family {shown(config.decoder.family)} is not among {', '.join(FAMILIES)}")
     for name in (*config.media, *config.added):
@@ -268,6 +266,12 @@ def _checked(record: Record) -> Record:
 
 
 NAME = re.compile("[a-z][a-z0-9_]{0,63}")
+
+
+def _check_sizes(part: DecoderConfig | TowerConfig) -> None:
+    for name, value in dataclasses.asdict(part).items():
+        if not fits(name, value):
+            raise ValueError(f"{name} = {shown(value)} is impossible")
 
 
 def _check_medium(name: str, medium: Medium) -> None:
@@ -413,9 +417,7 @@ def medium_of(attributes: Mapping[str, Any], *, where: str) -> Medium:
 def checked_medium(name: str, attributes: Mapping[str, Any]) -> Medium:
     """`medium_of` attributes that somebody else may have written; raises as that, or ValueError if impossible."""
     medium = medium_of(attributes, where=name)
-    for field, value in dataclasses.asdict(medium.tower).items():
-        if not fits(field, value):
-            raise ValueError(f"{field} = {shown(value)} is impossible")
+    _check_sizes(medium.tower)
     if not NAME.fullmatch(name):
         raise ValueError(f"{shown(name)} is no name of a medium")
     _check_medium(name, medium)
@@ -437,7 +439,7 @@ def extension_attributes(added: Added) -> dict[str, Any]:
 
 def dtype_of(matched: Mapping[str, Leaf]) -> np.dtype:
     """The element type that most of a model's bytes have."""
-    sizes: dict[np.dtype, int] = {}
+    sizes: collections.Counter[np.dtype] = collections.Counter()
     for leaf in matched.values():
-        sizes[leaf.dtype] = sizes.get(leaf.dtype, 0) + int(np.prod(leaf.shape))
-    return max(sizes, key=lambda kind: sizes[kind])
+        sizes[leaf.dtype] += math.prod(leaf.shape)
+    return sizes.most_common(1)[0][0]

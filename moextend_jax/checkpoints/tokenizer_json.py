@@ -12,14 +12,15 @@ takes it for text.
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import tokenizers
 from sentencepiece import sentencepiece_model_pb2
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from moextend_jax.config import IMAGE, MoextendError
 from moextend_jax.data.pieces import SentencePieces
@@ -86,10 +87,8 @@ def _with_tags(content: dict[str, Any], tags: Mapping[int, str]) -> dict[str, An
         raise MoextendError("a tokenizer.json of kind Unigram has no place for image tags")
     by_id = {id: piece for piece, id in vocabulary.items()} if tags else {}
     for id, name in tags.items():
-        if id in own:
-            own[id] |= {"content": name, "special": True, "normalized": False}
-        else:
-            own[id] = _added(id, name, special=True)
+        before = own.get(id, {"id": id, "single_word": False, "lstrip": False, "rstrip": False})
+        own[id] = before | {"content": name, "special": True, "normalized": False}
         if by_id.get(id) != name:
             vocabulary.pop(by_id.get(id, ""), None)
             vocabulary[name] = id
@@ -111,56 +110,37 @@ def _from_sentencepiece(where: Path, tokenizer: Tokenizer, *, tags: Mapping[int,
     control = {token.id: piece for piece, token in tokenizer.pieces.control.items()}
     names = {id: piece.piece for id, piece in enumerate(model.pieces)} | control | dict(tags)
     spelled = {id for id, piece in enumerate(model.pieces) if piece.type == piece.USER_DEFINED}
-    added = sorted(control.keys() | tags.keys() | spelled)
+    vocabulary = {name: id for id, name in names.items()}
+    unknown = names[trainer.unk_id]
+    made: Any = tokenizers.Tokenizer(
+        models.BPE(vocabulary, _merges(model), unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    )
+    spaces = normalizers.Replace(" ", SPACE)
+    table = normalizer.precompiled_charsmap
+    made.normalizer = normalizers.Sequence([normalizers.Precompiled(table), spaces]) if table else spaces
+    # The first makes the space before a text's beginning: no text begins with one here, as all of them have become "▁".
+    # The second makes it a "▁". After a token that is spelled out neither does anything.
+    steps: list[Any] = [pre_tokenizers.Metaspace(" ", "first", split=False)] if normalizer.add_dummy_prefix else []
+    steps += [pre_tokenizers.Metaspace(SPACE, "never", split=False)]
+    steps += [pre_tokenizers.Split(apart.replace(" ", SPACE), "isolated")] if apart else []
+    made.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    made.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    for id in sorted(control.keys() | tags.keys() | spelled):
+        made.add_tokens([AddedToken(names[id], normalized=False, special=id in control or id in tags)])
     before = [] if tokenizer.bos is None else [names[tokenizer.bos]]
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [_added(id, names[id], special=id in control or id in tags) for id in added],
-        "normalizer": _normalizer(normalizer),
-        # The first makes the space before a text's beginning: no text begins with one here, as all of them have become
-        # "▁". The second makes it a "▁". After a token that is spelled out neither does anything.
-        "pre_tokenizer": _sequence(
-            "pretokenizers",
-            *([_metaspace(" ", "first")] if normalizer.add_dummy_prefix else []),
-            _metaspace(SPACE, "never"),
-            *([_split(apart.replace(" ", SPACE))] if apart else []),
-        ),
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [*_specials(before, 0), {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [part for type_id, name in enumerate("AB")
-                     for part in (*_specials(before, type_id), {"Sequence": {"id": name, "type_id": type_id}})],
+    parts = [[*({"SpecialToken": {"id": name, "type_id": type_id}} for name in before),
+              {"Sequence": {"id": "AB"[type_id], "type_id": type_id}}] for type_id in (0, 1)]  # fmt: skip
+    return json.loads(made.to_str()) | {
+        "post_processor": {  # the library's own class reads no name with a colon
+            "type": "TemplateProcessing", "single": parts[0], "pair": parts[0] + parts[1],
             "special_tokens": {name: {"id": name, "ids": [tokenizer.bos], "tokens": [name]} for name in before},
-        },
-        "decoder": _sequence(
-            "decoders",
-            {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
-            {"type": "ByteFallback"},
-            {"type": "Fuse"},
-            {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-        ),
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": names[trainer.unk_id],
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "ignore_merges": False,
-            "vocab": {name: id for id, name in names.items()},
-            "merges": _merges(model),
         },
     }  # fmt: skip
 
 
-def _specials(names: list[str], type_id: int) -> list[dict[str, Any]]:
-    return [{"SpecialToken": {"id": name, "type_id": type_id}} for name in names]
-
-
-def _merges(model: Any) -> list[list[str]]:
+def _merges(model: Any) -> list[tuple[str, str]]:
     """Every way to put a piece together from two others; those of likely pieces first, as SentencePiece goes on."""
     normal = {piece.piece: (-piece.score, id) for id, piece in enumerate(model.pieces) if piece.type == piece.NORMAL}
     ways = []
@@ -169,29 +149,4 @@ def _merges(model: Any) -> list[list[str]]:
             left, right = name[:at], name[at:]
             if left in normal and right in normal:
                 ways.append((rank, normal[left][1], normal[right][1], left, right))
-    return [[left, right] for *_, left, right in sorted(ways)]
-
-
-def _normalizer(spec: Any) -> dict[str, Any]:
-    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-    if not spec.precompiled_charsmap:
-        return spaces
-    table = base64.b64encode(spec.precompiled_charsmap).decode()
-    return _sequence("normalizers", {"type": "Precompiled", "precompiled_charsmap": table}, spaces)
-
-
-def _metaspace(replacement: str, prepend: str) -> dict[str, Any]:
-    return {"type": "Metaspace", "replacement": replacement, "prepend_scheme": prepend, "split": False}
-
-
-def _split(text: str) -> dict[str, Any]:
-    return {"type": "Split", "pattern": {"String": text}, "behavior": "Isolated", "invert": False}
-
-
-def _sequence(parts: str, *steps: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "Sequence", parts: list(steps)}
-
-
-def _added(id: int, content: str, *, special: bool) -> dict[str, Any]:
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": special}
-    return {"id": id, "content": content, **flags}
+    return [(left, right) for *_, left, right in sorted(ways)]

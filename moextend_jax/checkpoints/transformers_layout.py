@@ -36,7 +36,6 @@ from moextend_jax.config import (
 )
 from moextend_jax.data.tokenizer import Tokenizer, ends_of, tokenizer_of
 from moextend_jax.families import FAMILIES
-from moextend_jax.media.image import LEVELS
 from moextend_jax.models.router import Rule
 
 CODE, PROCESSOR = "modeling_moextend.py", "processing_moextend.py"
@@ -72,7 +71,7 @@ def export_transformers(
     """
     quantising.check_readable(source.leaves)
     folder = folder_of_model(source, recipe=recipe, text_isolation=text_isolation)
-    with watched(folder.tensors, dst, console) as (meter, written), new_folder(dst) as new:
+    with watched(folder.tensors, dst, console) as (cost, written), new_folder(dst) as new:
         write_safetensors(new, folder.tensors, max_shard_bytes=max_shard_bytes, written=written)
         for name, value in folder.json_files.items():
             indent = None if name == "tokenizer.json" else 1  # 90,000 lines that nobody reads
@@ -81,7 +80,7 @@ def export_transformers(
             (new / name).write_text(text, encoding="utf-8")
         for name, path in folder.copies.items():
             (new / name).write_bytes(path.read_bytes())  # which may be in a bucket
-    return meter.cost()
+    return cost()
 
 
 def folder_of_model(source: Source, *, recipe: Recipe, text_isolation: str = "none") -> Folder:
@@ -260,12 +259,9 @@ def _processor(config: ModelConfig, recipe: Recipe) -> dict[str, dict[str, Any]]
     pixels are ours; torchvision's resizing rounds some of them otherwise by a level or two."""
     vision = config.vision
     assert vision is not None
-    size, (mean_c, std_c) = vision.image_size, LEVELS[vision.levels]
-    pictures = {
-        "image_processor_type": "LlavaImageProcessor", "processor_class": "LlavaProcessor", "do_convert_rgb": True,
-        "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
-        "resample": huggingface.RESAMPLES[vision.resample],
-        "image_mean": [round(float(mean), 8) for mean in mean_c], "image_std": [round(float(std), 8) for std in std_c],
+    size = vision.image_size
+    pictures = huggingface.preprocessor(vision) | {
+        "image_processor_type": "LlavaImageProcessor", "processor_class": "LlavaProcessor",
         "do_pad": recipe.image_preparation == "pad", "do_resize": True, "size": {"shortest_edge": size},
         "do_center_crop": True, "crop_size": {"height": size, "width": size},
     }  # fmt: skip

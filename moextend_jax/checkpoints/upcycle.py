@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401 - gives NumPy its bfloat16
 import numpy as np
 
 from moextend_jax.checkpoints import gguf, huggingface, leaves, store
@@ -69,9 +68,7 @@ def open_upcycled(
     matched = leaves.match(mixture, table="mixtral", config=config, where=path)
     facts["upcycled"] = {"from": path.name, "experts": experts, "noise": noise, "seed": seed}
     attributes_of_mixture = huggingface.decoder_attributes(config.decoder, dtype=str(store.dtype_of(matched))) | of_text
-    return Source(
-        matched, store.Record(config, "mixtral", {"decoder": attributes_of_mixture}, ("llava", ""), None, facts), files
-    )
+    return Source(matched, store.Record(config, "mixtral", {"decoder": attributes_of_mixture}, facts=facts), files)
 
 
 def upcycled_config(dense: DecoderConfig, *, experts: int, top_k: int) -> DecoderConfig:

@@ -13,11 +13,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moextend_jax.checkpoints import ctranslate2, huggingface
+import ml_dtypes
+import numpy as np
+
+from moextend_jax.checkpoints import huggingface
 from moextend_jax.checkpoints.leaves import Leaf, leaf_of
 from moextend_jax.checkpoints.names import WHISPER, Name, Tensor
 from moextend_jax.checkpoints.spelling import unwrapped
-from moextend_jax.checkpoints.tensors import Stored, difference, open_tensors
+from moextend_jax.checkpoints.tensors import Stored, difference, in_runs, open_tensors, opened, run_at
 from moextend_jax.config import MoextendError, WhisperConfig
 from moextend_jax.families.attributes import OF_ANY_MODEL, Table, read_fields
 from moextend_jax.folders import local
@@ -166,6 +169,8 @@ _SPELLINGS = {
     r"beta$": "bias",
 }
 """Part of an encoder's name there -> in Hugging Face's; {} stands for query, key and value, which are one map there."""
+DTYPES = tuple(map(np.dtype, (np.float32, np.int8, np.int16, np.int32, np.float16, ml_dtypes.bfloat16)))
+"""Element types, by the format's number."""
 
 
 def _ctranslate2(path: Path) -> tuple[WhisperConfig, dict[str, Stored]]:
@@ -179,10 +184,32 @@ def _ctranslate2(path: Path) -> tuple[WhisperConfig, dict[str, Stored]]:
             "folder of Whisper (config.json, model.safetensors)"
         )
     tensors = {}
-    for name, tensor in ctranslate2.open_model(path).items():
+    for name, tensor in read_variables(path).items():
         if name.startswith("encoder/") and tensor.shape:  # what has no axes is a setting
             tensors |= _spelled(name, tensor)
     return PINNED[digest], tensors
+
+
+def read_variables(path: Path) -> dict[str, Stored]:
+    """Variables of a `model.bin` of version 6, each a byte range of it, by their first names. The file is
+    believed: only those whose SHA-256 is known come here."""
+    variables, opened_file = {}, opened(path)
+    with path.open("rb") as file:
+
+        def number(nbytes: int) -> int:
+            return int.from_bytes(file.read(nbytes), "little")
+
+        def string() -> str:
+            return file.read(number(2))[:-1].decode()  # the length counts the zero byte at the end
+
+        _version, _spec, _revision = number(4), string(), number(4)
+        for _ in range(number(4)):
+            name, shape = string(), tuple(number(4) for _ in range(number(1)))
+            dtype, nbytes, begin = DTYPES[number(1)], number(4), file.tell()
+            run = run_at(path, dtype, begin)
+            variables[name] = in_runs(shape, dtype, run, where=str(path), file=opened_file)
+            file.seek(begin + nbytes)
+    return variables
 
 
 def _spelled(name: str, tensor: Stored) -> dict[str, Stored]:
