@@ -9,6 +9,7 @@ import importlib.util
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import folders
@@ -636,6 +637,21 @@ def test_a_row_of_several_conversations_is_seen_by_its_positions():
     packed = torch.tensor([[0, 1, 2, 0, 1]])
     assert not restarts(None, None) and not restarts(left, mask) and not restarts(left[:, -1:], mask)
     assert restarts(packed, None) and restarts(packed, torch.ones_like(packed)) and not restarts(packed, {"full": 1})
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_row_is_remembered_by_the_cache_under_either_of_its_names(name: str, monkeypatch: pytest.MonkeyPatch):
+    """transformers 5.24 calls it otherwise than before."""
+    torch, theirs = pytest.importorskip("torch"), modeling()
+    model = theirs.MoExtendModel.__new__(theirs.MoExtendModel)
+    torch.nn.Module.__init__(model)
+    model.config = SimpleNamespace(text_isolation="strict", composition="shared")
+    model.pads, model.extended = {"image": 3}, []
+    monkeypatch.setattr(theirs.LlavaModel, "forward", lambda _, **given: SimpleNamespace(**{name: given[name]}))
+    given = {name: SimpleNamespace(get_seq_length=lambda: 2)}
+    for ids, more in ([[3, 7], [7, 7]], {"pixel_values": torch.zeros(1)}), ([[7], [7]], {}):
+        model(input_ids=torch.tensor(ids), **more, **given)
+        assert given[name].near["image"].tolist() == [True, False]
 
 
 @pytest.mark.slow

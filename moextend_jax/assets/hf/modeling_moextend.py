@@ -338,6 +338,11 @@ def begins(here: torch.Tensor) -> torch.Tensor:
     return here & ~F.pad(here, (1, 0))[:, :-1]
 
 
+def cache_of(named: dict):
+    """The cache among what a pass is given or returns, by name: past_key_values before transformers 5.24."""
+    return named.get("cache", named.get("past_key_values"))
+
+
 class MoExtendModel(LlavaModel):
     config: MoExtendConfig
     told = None
@@ -362,9 +367,7 @@ class MoExtendModel(LlavaModel):
             extend(block_of(self.language_model.layers[layer]), Extensions(self.config, layer))
         self.post_init()
 
-    def forward(
-        self, input_ids=None, pixel_values=None, past_key_values=None, inputs_embeds=None, input_features=None, **kwargs
-    ):
+    def forward(self, input_ids=None, pixel_values=None, inputs_embeds=None, input_features=None, **kwargs):
         """As LLaVA's. `input_features`: sounds as the feature extractor makes them [n, bands, frames], in the order of
         their tokens: each run of these is one sound, and gets its first tokens."""
         items, near, self.told = None, None, input_ids
@@ -384,19 +387,13 @@ class MoExtendModel(LlavaModel):
             packed = restarts(kwargs.get("position_ids"), kwargs.get("attention_mask"))
             if packed or kwargs.get("cu_seq_lens_q") is not None:
                 raise ValueError("strict text isolation knows a conversation by its row: give each a row of its own")
-            near = self._near(items, past_key_values)
+            near = self._near(items, cache_of(kwargs))
         for layer in self.extended:
             for extension in block_of(self.language_model.layers[layer]).extensions.values():
                 extension.shares = self._shares(extension, items, near).flatten() if strict or decoupled else None
-        output = super().forward(
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
-        if near is not None and output.past_key_values is not None:
-            output.past_key_values.near = near
+        output = super().forward(input_ids=input_ids, pixel_values=pixel_values, inputs_embeds=inputs_embeds, **kwargs)
+        if near is not None and (cache := cache_of(vars(output))) is not None:
+            cache.near = near
         return output
 
     def get_placeholder_mask(self, input_ids, inputs_embeds, image_features):
@@ -444,11 +441,11 @@ class MoExtendModel(LlavaModel):
                 items[medium] = (inputs_embeds == of_pad).all(dim=-1)
         return items
 
-    def _near(self, items: dict[str, torch.Tensor], past_key_values) -> dict[str, torch.Tensor]:
+    def _near(self, items: dict[str, torch.Tensor], cache) -> dict[str, torch.Tensor]:
         """By medium the rows with an item [rows], in these tokens or in those that the cache holds."""
         here = {medium: own.any(dim=1) for medium, own in items.items()}
-        before = getattr(past_key_values, "near", None)
-        if before is None or not past_key_values.get_seq_length():
+        before = getattr(cache, "near", None)
+        if before is None or not cache.get_seq_length():
             return here
         for medium, rows in here.items():
             earlier = before[medium].to(rows.device)
