@@ -127,7 +127,7 @@ def test_scales_of_mxfp4_files_that_stand_for_nan_are_refused():
 
     blocks, scales = np.full((2, 3, 1, 16), 0x21, np.uint8), np.full((2, 3, 1), mxfp4.BIAS, np.uint8)
     whole = mxfp4.unpacked({"up_blocks": stored(blocks), "up_scales": stored(scales)}, "up")["up"]
-    np.testing.assert_array_equal(whole.read(), np.tile(np.float32([0.5, 1] * 16)[:, None], (2, 1, 3)))
+    np.testing.assert_array_equal(whole.read(), np.tile(np.array([0.5, 1] * 16, np.float32)[:, None], (2, 1, 3)))
     scales[1, 2, 0] = 255
     for read in (whole.read, whole.part((1,)).read):
         with pytest.raises(MoextendError, match="model.safetensors: up_scales has NaN"):

@@ -82,11 +82,13 @@ class Asker:
           stop: called every `LOOK` tokens with a prompt's index and its ids so far; True where they are enough. A batch
             ends when each of its rows has had enough or an end; so an answer may hold ids past where it stopped.
         """
-        options = {"max_new_tokens": max_new_tokens, "steps": LOOK if stop else max_new_tokens}
+        steps = LOOK if stop else max_new_tokens
 
         def begun() -> Iterator[tuple[Work, list[Any]]]:
             for work, tails, heads in self._started(prompts, room=max_new_tokens):
-                pieces = self.generator.begin(self.arrays, tails, heads=heads, **options)
+                pieces = self.generator.begin(
+                    self.arrays, tails, heads=heads, max_new_tokens=max_new_tokens, steps=steps
+                )
                 yield work, self._until_enough(work, pieces, stop) if stop else list(pieces)
 
         for work, pieces in _one_behind(begun()):
@@ -217,7 +219,8 @@ def asker_of(opened: Askable, *, readers: Mapping[str, Reader] | None = None) ->
 
 def _one_behind(started: Iterable[Started]) -> Iterator[Started]:
     """Each once the next one is started, which then goes on while this one is waited for."""
-    return (one for one, _ in itertools.pairwise(itertools.chain(started, (None,))))
+    end: Any = None
+    return (one for one, _ in itertools.pairwise(itertools.chain(started, (end,))))
 
 
 def _tails(prompts: Sequence[Prompt], work: Work, own: tuple[int, ...]) -> Batch:
