@@ -23,13 +23,21 @@ from moextend_jax import chips, cli
 from moextend_jax import settings as settings_module
 from moextend_jax.checkpoints import loading
 from moextend_jax.checkpoints.loading import open_base
-from moextend_jax.config import AdapterConfig, DecoderConfig, ModelConfig, MoextendError, Named, VisionConfig
+from moextend_jax.config import (
+    AdapterConfig,
+    DecoderConfig,
+    ExtensionConfig,
+    ModelConfig,
+    MoextendError,
+    Named,
+    VisionConfig,
+)
 from moextend_jax.configurations import load
-from moextend_jax.mesh import mesh_shape
+from moextend_jax.mesh import mesh_shape, one_device
 from moextend_jax.models import flops
 from moextend_jax.models.moextend import abstract
 from moextend_jax.parameters import by_path
-from moextend_jax.plan import collectives, compiling, hlo, products, roofline, sizes, sweep, topology, traffic
+from moextend_jax.plan import collectives, compiling, hlo, planning, products, roofline, sizes, sweep, topology, traffic
 from moextend_jax.plan.abstract_step import text_only
 from moextend_jax.plan.command import PlanOptions, plan_command
 from moextend_jax.plan.planning import undivided
@@ -559,6 +567,36 @@ def test_what_a_mesh_does_not_divide_is_said():
     assert undivided(config, mesh) == ["60 experts on an axis expert of 8"]
     whole = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, experts=64))
     assert undivided(whole, mesh) == []
+    mesh = SimpleNamespace(shape={"data": 1, "fsdp": 128, "expert": 1, "tensor": 1})
+    config = ModelConfig(decoder=sizes.DECODERS["gpt-oss-120b"])
+    assert undivided(config, mesh) == ["2880 channels on an axis fsdp of 128"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"wide": 2}, {"start": "added"}])
+def test_picks_of_new_experts_are_the_same_whichever_buffer_they_are_in(changes: dict[str, typing.Any]):
+    """Two new experts beside eight, in every layer, on one chip: a fifth of all picks. They share the buffer of the
+    others, or have one of their own with two rows for each token of three picks."""
+    sources = (0,) * 8 * changes.get("wide", 1)
+    added = ExtensionConfig(layers=(0, 1, 2, 3), sources=sources, new_experts=2, medium="", **changes)
+    decoder = dataclasses.replace(TINY, top_k=3)
+    config = ModelConfig(decoder=decoder, extensions=Named(x=added))
+    run = dataclasses.replace(from_config_dict(get_config()).finetune, batch_size=2, length=64, accumulate=1)
+    rows = 2 * 64 * (2 if changes else 3)
+    kernel = products.Kernel(2, (decoder.width, added.wide * decoder.hidden), rows)
+    real = rows * planning._share(config, run, one_device(), None)(kernel, 4.0)
+    assert real == pytest.approx(2 * 64 * 3 / 5)
+
+
+def test_a_sweep_counts_what_is_saved_only_where_there_is_a_backward_pass(small: RunSettings):
+    """Above the lowest extended layer; else combinations that fit would never be compiled."""
+    place = topology.parse("v5p:1x1x1")
+
+    def least(rule: typing.Any) -> int:
+        settings = dataclasses.replace(small, select=dataclasses.replace(small.select, layers=rule))
+        of_mesh = sweep.MeshBytes(one_device(), 0, 0)
+        return sweep.estimate(settings, of_mesh, stage="finetune", place=place).least_bytes
+
+    assert least("second_half") * 2 == least("all") > 0
 
 
 def test_a_sweep_tries_only_what_divides(small: RunSettings):

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.extend.core import jaxprs_in_params
 from tiny import few
 
-from moextend_jax.config import MoextendError, ProjectorConfig
+from moextend_jax.config import (
+    DecoderConfig,
+    FeaturesConfig,
+    Medium,
+    ModelConfig,
+    MoextendError,
+    Named,
+    ProjectorConfig,
+)
 from moextend_jax.mesh import make_mesh, row_shards
+from moextend_jax.models.flops import step_flops
 from moextend_jax.models.projectors import Projector, Resampler, join_frames, make_projector
 from moextend_jax.parameters import arrays_of, by_path, with_arrays
 from moextend_jax.sharding import MESH_AXES, parameter_shardings
@@ -178,6 +189,34 @@ def test_fifty_queries_are_fifty_tokens_and_every_leaf_learns():
 def test_refused(config: ProjectorConfig, message: str):
     with pytest.raises(MoextendError, match=message):
         structure(config)
+
+
+def products_of(jaxpr: Any) -> float:
+    """FLOPs of all matrix products of a program, also those of functions that it calls."""
+    total = 0.0
+    for one in jaxpr.eqns:
+        if one.primitive.name == "dot_general":
+            ((contracted, _), _), left = one.params["dimension_numbers"], one.invars[0].aval.shape
+            total += 2.0 * math.prod(one.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+        total += sum(map(products_of, jaxprs_in_params(one.params)))
+    return total
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_flops_are_those_of_the_products(kind: str):
+    """Forward, and with the gradient of the projector's own leaves behind a frozen tower."""
+    module, decoder = structure(CONFIGS[kind]), DecoderConfig(width=D)
+    medium = Medium(kind="features", tower=FeaturesConfig(width=C, patches=P), projector=CONFIGS[kind])
+    config = ModelConfig(decoder=decoder, media=Named({"x": medium}))
+    parts = step_flops(config, trains=("media/x/projector/*",), rows=n, length=1, items={"x": 1}).parts
+    own = [phases for name, phases in parts.items() if name.startswith("media/")]
+
+    def total(arrays: Any) -> jax.Array:
+        return with_arrays(module, arrays)(X_nPC).sum()
+
+    arrays = drawn(module)
+    assert sum(of["forward"] for of in own) == products_of(jax.make_jaxpr(total)(arrays).jaxpr)
+    assert sum(sum(of.values()) for of in own) == products_of(jax.make_jaxpr(jax.grad(total))(arrays).jaxpr)
 
 
 def test_frames_of_a_video_one_after_another_or_their_mean():

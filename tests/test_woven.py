@@ -185,3 +185,8 @@ def test_flops_of_what_a_medium_adds():
     }  # fmt: skip
     trained = {name for name, of in parts.items() if of["weight_gradients"]}
     assert trained == {"media/smell/projector/input", "media/smell/projector/adapters"}  # the trunk is frozen
+    same = dataclasses.replace(smell, tower=dataclasses.replace(smell.tower, width=c))  # nothing trains below the trunk
+    config = dataclasses.replace(config, media=config.media.replacing("smell", same))
+    parts = step_flops(config, trains=("media/smell/projector/*",), rows=1, length=8, items={"smell": 1}).parts
+    back = {name: parts[f"media/smell/projector/{name}"]["activation_backward"] for name in ("first", "second")}
+    assert back == {"first": 0, "second": 2 * P * D * D}

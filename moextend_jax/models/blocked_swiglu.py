@@ -226,8 +226,10 @@ class _Rows:
                     mine_b1 = block.first + jnp.arange(block.rows)[:, None] < end
                     return body(carry, block, *own, mine_b1)
 
-                start_at = jax.tree.map(jnp.zeros_like, own[0] if like is None else like(*own))
-                return self.in_blocks(first + group, one_block, start_at)
+                kinds = own[0] if like is None else like(*own)
+                start_at = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), kinds)  # of many blocks
+                total = self.in_blocks(first + group, one_block, start_at)
+                return jax.tree.map(lambda leaf, kind: leaf.astype(kind.dtype), total, kinds)
 
             sums.append(lax.map(one_group, jnp.arange(part[0].shape[0])))
             first += part[0].shape[0]

@@ -168,21 +168,40 @@ def _parts(
 
 
 def _medium(inside: str, medium: Medium, trained, *, n: int, width: int) -> list[Part]:
-    """Tower and projector of n items. A resampler's blocks count as its last map alone: they are small beside it."""
+    """Tower and projector of n items."""
     tower, C, D, n = medium.tower, medium.tower.sizes()["C"], width, n * medium.frames
     parts: list[Part] = []
     if not isinstance(tower, FeaturesConfig):
         parts = _tower(inside + "tower/", tower, trained((inside + "tower/layers/mlp/up",)), n=n)
-    tokens, below = n * medium.projector.tokens(tower.patches), trained((inside + "tower/layers/mlp/up",))
-    projector, maps = medium.projector, inside
-    inputs = (projector.width or C) * (projector.neighbours if projector.kind == "stack" else 1)
-    if projector.trunk:  # its maps are the trunk's, and below them is what the medium adds
-        maps, below = f"media/{projector.trunk}/", below or trained((inside + "projector/first/up",))
-    leaf = maps + "projector/first"
-    first = Part(inside + "projector/first", 2.0 * tokens * inputs * D, (leaf,), below)
-    below = first.below or trained(first.leaves)
-    second = Part(inside + "projector/second", 2.0 * tokens * D * D, (maps + "projector/second",), below)
+    projector, below = medium.projector, trained((inside + "tower/layers/mlp/up",))
+    if projector.trunk:  # its maps are the trunk's; a map to the trunk's width is below them
+        below |= projector.width != C
+    if projector.kind in ("resampler", "crema"):
+        return parts + _resampler(inside + "projector/", medium, below, trained, n=n, width=D)
+    tokens, inputs = n * projector.tokens(tower.patches), projector.width or C
+    inputs *= projector.neighbours if projector.kind == "stack" else 1
+    maps = f"media/{projector.trunk}/projector/" if projector.trunk else inside + "projector/"
+    first = Part(inside + "projector/first", 2.0 * tokens * inputs * D, (maps + "first",), below)
+    below = below or trained(first.leaves) or bool(projector.trunk)
+    second = Part(inside + "projector/second", 2.0 * tokens * D * D, (maps + "second",), below)
     return [*parts, first, second]
+
+
+def _resampler(inside: str, medium: Medium, below: bool, trained, *, n: int, width: int) -> list[Part]:
+    """A resampler's blocks and its last map. Maps of blocks are the trunk's where there is one; queries and the last
+    map are its own. below: whether a gradient must reach the tower's states."""
+    projector, P = medium.projector, medium.tower.patches
+    C, q, U = projector.width or medium.tower.sizes()["C"], projector.queries, projector.layers
+    u = -(-U // projector.cross_every)
+    maps = f"media/{projector.trunk}/projector/" if projector.trunk else inside
+    own = below or trained((inside + "out",))
+    blocks = 2.0 * n * q * C * C * ((4 + 8) * U + 2 * u)  # self-attention and MLP; cross-attention's queries and output
+    return [
+        Part(inside + "blocks", blocks, (maps + "self_attention/inner/query",), own),
+        Part(inside + "seen", 4.0 * n * P * C * C * u, (maps + "cross_attention/inner/key",), below),
+        Part(inside + "scores", 4.0 * n * q * C * (q * U + P * u), (), own),
+        Part(inside + "out", 2.0 * n * q * C * width, (inside + "out",), own),
+    ]
 
 
 def _woven(inside: str, medium: Medium, *, n: int, width: int) -> list[Part]:

@@ -109,12 +109,20 @@ def plan(
     return {**figures, **_times(line, run, flops.model, place)}
 
 
-SPLIT = {"E": "experts", "N": "heads", "K": "key heads", "F": "columns of an expert", "V": "rows of the vocabulary"}
+SPLIT = {
+    "D": "channels",
+    "E": "experts",
+    "N": "heads",
+    "K": "key heads",
+    "F": "columns of an expert",
+    "V": "rows of the vocabulary",
+}
 """Axes of a decoder that a mesh splits, by their letter."""
 
 
 def undivided(config: ModelConfig, mesh: Any) -> list[str]:
-    """Sizes of a decoder that their mesh axis does not divide: every device along it holds and computes all of it."""
+    """Sizes of a decoder that their mesh axis does not divide: every device along it holds all, and computes all but
+    for channels, which are gathered for use anyway."""
     sizes = config.decoder.sizes()
     axis = {letter: (TABLE[letter] or ("",))[0] for letter in SPLIT}
     return [
@@ -135,7 +143,8 @@ def _share(config: ModelConfig, run: StageSettings, mesh: Any, new_share: float 
     of its experts, not padding. models/expert_parallel.py says which experts a device computes."""
     decoder = config.decoder
     present = frozenset(name for name in config.media if run.room(name))
-    extensions = of_those(config, present).extensions.values()
+    running = of_those(config, present)
+    extensions = running.extensions.values()
     expert, tensor, k = mesh.shape["expert"], mesh.shape["tensor"], decoder.top_k
     X = sum(added.new_experts for added in extensions)
     # Share of the picks in an extended layer that go to one new expert.
@@ -148,8 +157,10 @@ def _share(config: ModelConfig, run: StageSettings, mesh: Any, new_share: float 
     extended = sum(len(added.layers) * added.new_experts for added in extensions) / max(X, 1)
     here = decoder.experts // expert if decoder.experts % expert == 0 else decoder.experts
     picks = local_tokens(run, mesh) * expert * tensor * k
-    # With experts split over devices, new ones have a buffer of their own: min(X, k) rows for each token.
-    alone = expert > 1 or config.dispatch == "exchange"
+    # New ones that do not share the buffer of the others have their own: min(X, k) rows for each token.
+    unlike = any(added.wide > 1 or added.start == "added" for added in extensions)
+    adapted = any(of.of_experts for of in running.adapters.values())
+    alone = expert > 1 or config.dispatch == "exchange" or unlike or adapted
 
     def share(kernel: Kernel, times: float) -> float:
         like_pretrained = kernel.groups == here and decoder.hidden // tensor in kernel.matrix and kernel.rows >= picks

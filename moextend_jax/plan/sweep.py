@@ -149,17 +149,18 @@ def estimate(settings: RunSettings, mesh_bytes: MeshBytes, *, stage: str, place:
     sent = run.accumulate * _sent(config, mesh_bytes, tokens)
     # While a layer computes, its own weights and the next one's are gathered.
     gathered = 2 * mesh_bytes.frozen * mesh_bytes.mesh.shape["fsdp"] // config.decoder.layers
-    least = mesh_bytes.arguments + gathered + _saved(config, tokens, mesh_bytes.mesh)
+    saving = config.decoder.layers - config.lowest_trained(patterns(settings, stage=stage))
+    least = mesh_bytes.arguments + gathered + saving * _saved(config, tokens, mesh_bytes.mesh)
     return Candidate(settings, run.accumulate, least, max(compute, sent / (2 * place.chip.link)))
 
 
 def _saved(config: ModelConfig, tokens: int, mesh: Mesh) -> int:
-    """Bytes on one chip that all layers save for the backward pass of `tokens` positions: inputs, `config.saved`."""
+    """Bytes on one chip that a layer saves for the backward pass of `tokens` positions: its input, `config.saved`."""
     decoder = config.decoder
     heads, keys = decoder.heads * decoder.head_size, decoder.kv_heads * decoder.head_size
     rows = decoder.top_k * decoder.hidden * mesh.shape["expert"]  # room for all picks of the group, should all come
     sizes = dict(zip(SAVED, (heads, decoder.width, keys, keys, heads, rows, rows), strict=True))
-    return 2 * decoder.layers * tokens * (decoder.width + sum(sizes[name] for name in config.saved))
+    return 2 * tokens * (decoder.width + sum(sizes[name] for name in config.saved))
 
 
 def _sent(config: ModelConfig, mesh_bytes: MeshBytes, tokens: int) -> float:

@@ -66,7 +66,7 @@ def print_plan(figures: dict[str, Any], console: Console) -> None:
                 table.add_row(kind, axes, f"{nbytes / 2**20:,.1f}")
         console.print(table)
     for what in figures["undivided"]:
-        console.print(f"[yellow]{what}: it does not divide, so each of those chips holds and computes all[/]")
+        console.print(f"[yellow]{what}: it does not divide, so each of those chips holds all of it[/]")
     line = figures["roofline"]
     console.print(
         f"step at least {figures['step_seconds']:.3f} s, bound by {figures['bound']} (compute {line['compute']:.3f} s, "
