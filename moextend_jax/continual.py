@@ -29,7 +29,7 @@ from moextend_jax.report.page import write_report
 from moextend_jax.runs import results
 from moextend_jax.runs.data_of import data_dir_of
 from moextend_jax.runs.making import make
-from moextend_jax.runs.run import working, write_json
+from moextend_jax.runs.run import left_in, working, write_json
 from moextend_jax.runs.sharing import share
 from moextend_jax.settings import Link, RunSettings
 from moextend_jax.terminal import console
@@ -124,7 +124,11 @@ class Beside:
         Raises:
           MoextendError: it has failed.
         """
-        self.process.join()
+        try:
+            self.process.join()
+        except KeyboardInterrupt:  # while this process only waits
+            self.end()
+            raise KeyboardInterrupt(left_in(self.folder)) from None
         if self.process.exitcode:
             lines = self.log.read_text(errors="replace").splitlines()
             raise MoextendError(f"chain {self.folder.name}: {lines[-1] if lines else 'failed'} (all of it: {self.log})")

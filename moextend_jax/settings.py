@@ -776,10 +776,13 @@ def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> RunSettings:
 
 
 def as_mapping(config: Any) -> Any:
-    """Settings in whatever form they come as a mapping; anything else as it is."""
+    """Settings in whatever form they come as a mapping, with the groups in it; anything else as it is."""
     if isinstance(config, ConfigDict):
-        return config.to_dict()
-    return dataclasses.asdict(config) if isinstance(config, RunSettings) else config
+        config = config.to_dict()
+    if isinstance(config, Mapping):
+        return {name: as_mapping(of) for name, of in config.items()}
+    of_class = dataclasses.is_dataclass(config) and not isinstance(config, type)
+    return dataclasses.asdict(config) if of_class else config
 
 
 _RANKED, _FEW_BITS = (

@@ -152,7 +152,8 @@ def _summary(
     done, made_with = folder / "summary.json", folder / "config.json"
     asked = as_json(dataclasses.asdict(own))
     summary = read_object(done) if done.exists() and made_with.exists() else {}
-    if "start" in summary and read_object(made_with).get("settings") == asked:  # that comes last
+    # A run that was cut off after other settings leaves their summary beside its own config.json.
+    if "start" in summary and (summary.get("settings") or read_object(made_with).get("settings")) == asked:
         return summary
     made: dict[Path, list[str]] = {}  # by folder of a point that begins alike, what it has of the first stages
     for other, settings in points.items():
@@ -165,6 +166,7 @@ def _summary(
         share(most, folder, made[most])
     console().print(f"study: {place}", highlight=False)
     summary = run(own, folder)
+    write_json(done, summary | {"settings": asked})
     jax.clear_caches()  # on a CPU each program holds pieces of memory that Linux maps, 65,530 at most in a process
     return summary
 

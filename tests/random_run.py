@@ -13,7 +13,7 @@ import tiny
 
 from moextend_jax.checkpoints import train_state
 from moextend_jax.config import ExtensionConfig
-from moextend_jax.runs.models_of import grown_config
+from moextend_jax.runs.models_of import facts_of_added, grown_config
 from moextend_jax.runs.run import Run, open_run, remember
 from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings
 
@@ -39,6 +39,6 @@ def random_run(folder: Path, **more: Any) -> Run:
     leaves = tiny.arrays(grown_config(run, ["image"]), seed=1)
     for name, kinds in {"align": ("media/image/projector/",), "grow": ADDED, "finetune": ADDED}.items():
         own = {path: leaf for path, leaf in leaves.items() if path.startswith(kinds)}
-        train_state.save_leaves(run.workdir / name / "result", own, facts=run.facts)
+        train_state.save_leaves(run.workdir / name / "result", own, facts=run.facts | facts_of_added(run, name))
     remember(run)
     return run

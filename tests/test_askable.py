@@ -33,6 +33,7 @@ from moextend_jax.runs import askable as askable_module
 from moextend_jax.runs.askable import Askable, _once, askable, choices, evaluating, open_place
 from moextend_jax.runs.place import Place
 from moextend_jax.runs.run import Run, open_run
+from moextend_jax.settings import MethodSettings
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,21 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture(scope="module")
 def trained(run: Run) -> Askable:
     return askable(run, "moextend")
+
+
+def with_method(run: Run, **method: Any) -> Run:
+    group = dataclasses.replace(run.settings.method, **method)
+    return dataclasses.replace(run, settings=dataclasses.replace(run.settings, method=group))
+
+
+def test_leaves_of_another_method_are_no_model(run: Run, tmp_path: Path):
+    """A share, a scale or a threshold leaves every shape as it is."""
+    with pytest.raises(MoextendError, match="method.drift: 0.0 there, 0.1 now"):
+        askable(with_method(run, drift=0.1), "moextend")
+    lora = random_run.random_run(tmp_path, method=MethodSettings(name="lora", rank=2, alpha=4.0))
+    assert askable(lora, "moextend").config.adapters
+    with pytest.raises(MoextendError, match=r"adapter.alpha: 4.0 there, 8.0 now"):
+        askable(with_method(lora, alpha=8.0), "moextend")
 
 
 def said(opened: Askable, picture: Path | None = None) -> str:

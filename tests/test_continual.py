@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from children import alive
@@ -36,6 +37,21 @@ def test_a_chain_beside_may_have_workers(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert not beside.process.daemon
 
 
+def test_an_interrupt_while_a_chain_is_waited_for_says_what_is_kept(tmp_path: Path):
+    (tmp_path / "open" / "align" / "result" / "1").mkdir(parents=True)
+    beside, ended = object.__new__(Beside), []
+
+    def join() -> None:
+        if not ended:
+            raise KeyboardInterrupt
+
+    beside.folder = tmp_path / "open"
+    beside.process = SimpleNamespace(join=join, terminate=lambda: ended.append(True))
+    with pytest.raises(KeyboardInterrupt, match="open: align; the same command goes on"):
+        beside.record()
+    assert ended
+
+
 def test_a_chain_that_fails_ends_the_one_beside_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """In a notebook nothing else would."""
     ended = []
@@ -57,6 +73,7 @@ def test_a_chain_that_fails_ends_the_one_beside_it(monkeypatch: pytest.MonkeyPat
 STARTS_ONE = """
 import os, sys
 from pathlib import Path
+from types import SimpleNamespace
 from moextend_jax.commands import whole_run
 from moextend_jax.continual import Beside
 from moextend_jax.configurations import load

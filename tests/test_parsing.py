@@ -199,6 +199,17 @@ def test_a_file_of_ones_own_returns_settings_a_config_dict_or_a_mapping(tmp_path
     assert from_config_dict(load(str(tmp_path / "mine.py"))) == from_config_dict(load("demo"))
 
 
+def test_groups_of_a_mapping_may_be_classes(tmp_path: Path):
+    """Also those that need not be there, which have no defaults."""
+    (tmp_path / "mine.py").write_text(
+        f"{WHOLE}from moextend_jax.settings import StageSettings\ndef get_config():\n"
+        "    return {**load('demo'), 'mixture': StageSettings(data='d', steps=1, batch_size=2, length=9)}\n"
+    )
+    settings = read(f"{tmp_path}/mine.py --config.mixture.steps=4", OfRun).config
+    assert settings.mixture and (settings.mixture.steps, settings.mixture.batch_size) == (4, 2)
+    assert "--config.mixture.steps" in read(f"{tmp_path}/mine.py --help", OfRun)
+
+
 def test_what_a_file_leaves_out_has_its_default_and_may_still_be_set(tmp_path: Path):
     stage = "dict(data='d', batch_size=2, length=9)"
     (tmp_path / "mine.py").write_text(

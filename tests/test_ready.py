@@ -17,6 +17,7 @@ import pytest
 import tiny
 
 from moextend_jax.checkpoints.loading import EMBEDDED
+from moextend_jax.checkpoints.train_state import differing
 from moextend_jax.config import IGNORE, MoextendError
 from moextend_jax.data.batches import batches
 from moextend_jax.data.readers import Readers
@@ -28,7 +29,7 @@ from moextend_jax.mesh import make_mesh, place_leaves
 from moextend_jax.models.moextend import abstract
 from moextend_jax.parameters import with_arrays
 from moextend_jax.runs.data_of import held_out_source, readers_of, rows_of, source_of, unseen_source
-from moextend_jax.runs.making import make_all
+from moextend_jax.runs.making import facts_of_selecting, facts_of_training, make_all
 from moextend_jax.runs.models_of import Opened, text_only
 from moextend_jax.runs.ready import _measure, ready, row_problems
 from moextend_jax.runs.results import FIRST, Data
@@ -388,5 +389,20 @@ def test_rows_that_may_have_been_seen_are_not_asked(llava, tmp_path):
     for held_out, refused in [(0.25, False), (0.5, True)]:
         then = dataclasses.replace(run, settings=changed(run.settings, evaluate={"held_out": held_out}))
         record.write_text(json.dumps({"data": source_of(then, Data("finetune")).fingerprint}))
-        with pytest.raises(MoextendError, match="finetune was trained on other rows") if refused else nullcontext():
-            run_questions.check_unseen(run)
+        for check in (run_questions.check_unseen, run_questions.check):  # the second before anything is trained
+            with pytest.raises(MoextendError, match="finetune was trained on other rows") if refused else nullcontext():
+                check(run)
+
+
+def test_the_rows_that_a_probe_reads_decide_what_it_makes(llava, tmp_path, monkeypatch):
+    """They are finetune's, without those that layers are chosen with: settings of other stages."""
+    monkeypatch.setattr(Run, "result_identity", lambda run, name: name)
+    run = open_without_weights(settings(llava), tmp_path)
+    for change in ({"select": {"held_out": 0.2}}, {"finetune": {"split": "train[:9]"}}, {"finetune": {"data": "d"}}):
+        other = dataclasses.replace(run, settings=changed(run.settings, **change))
+        for facts, name in ((facts_of_training, "extend"), (facts_of_selecting, "select")):
+            assert differing(saved := json.loads(json.dumps(facts(run, name))), facts(other, name)), (name, change)
+            assert not differing(saved, facts(run, name))
+            if name == "extend":
+                del saved["rows"]  # an older record says nothing of them
+                assert not differing(saved, facts(other, name))

@@ -95,6 +95,21 @@ def test_points_and_seeds_go_on_where_they_stood(tmp_path: Path, capsys: pytest.
     assert not calls
 
 
+def test_a_summary_of_other_settings_is_not_taken_for_that_of_a_run_that_was_cut_off(tmp_path: Path):
+    """A run writes its config.json when a stage is there, and its summary at the end."""
+
+    def dies(settings: RunSettings, workdir: Path) -> dict[str, Any]:
+        (workdir / "config.json").write_text(json.dumps({"settings": dataclasses.asdict(settings)}))
+        raise KeyboardInterrupt
+
+    run_study(of({"paper": ()}, (0,)), tmp_path, run=made_up([]))
+    other, calls = of({"paper": ()}, (0,), rollbacks=1), []
+    with pytest.raises(KeyboardInterrupt):
+        run_study(other, tmp_path, run=dies)
+    run_study(other, tmp_path, run=made_up(calls))
+    assert len(calls) == 1
+
+
 def test_what_a_rival_s_run_lacks_is_shared_from_another(tmp_path: Path):
     points = {"a": ("method.name=lora",), "b": ("grow.column=zero",), "c": ("grow.column=mean",)}
     run_study(of(points, (0,)), tmp_path, run=made_up([]))

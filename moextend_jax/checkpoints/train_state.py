@@ -287,7 +287,7 @@ BEFORE: dict[str, Any] = {
     "settings.new_experts": 1, "settings.layers": "extender", "settings.source": "recipe", "settings.expert": 0,
 }  # fmt: skip
 """Values of facts that an older record lacks: there was no choice then."""
-NOT_SAID = ("medium",)
+NOT_SAID = ("medium", "rows")
 """Facts that an older record lacks and that nothing else tells: they are not compared there."""
 WHOLE = ("multipliers", "weight_decays", "missing", "items_per_row", "parents")
 """Mappings whose keys a user chooses: a key that is gone counts as a difference, too."""

@@ -62,8 +62,7 @@ def evaluate(run: Run) -> dict[str, Any]:
     for name in run.table.model("aligned").results:  # every run has these; checked before anything is computed
         if not run.has(name):
             raise not_run(run.workdir, name)
-    if any(not run.settings.of_extension(link.name).evaluate.data for link in run.settings.links):
-        check_unseen(run)
+    check_unseen(run)
     asked = {on: questions_of(run, of) for on, of in asked_of_all(run).items()}
     first, settings = asked[extension], run.settings.evaluate
     plan = _plan(run, asked)

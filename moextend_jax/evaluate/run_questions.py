@@ -94,6 +94,7 @@ class Questions(NamedTuple):
 
 def check(run: Run) -> None:
     """Raises a MoextendError for what `evaluate` would find wrong with its questions, before any model is there."""
+    check_unseen(run)
     for asked in asked_of_all(run).values():
         settings = run.settings.of_extension(asked.extension).evaluate
         readers = readers_of(run, asked.source, data=asked.data, split=asked.split, inputs=True)
@@ -141,7 +142,10 @@ def title_of(data: str) -> str:
 
 
 def check_unseen(run: Run) -> None:
-    """Raises a MoextendError if a stage was trained on rows other than those that are left after holding out now."""
+    """Raises a MoextendError if an extension is asked about rows that are held out, and a stage was trained on rows
+    other than those that are left after holding out now."""
+    if all(run.settings.of_extension(link.name).evaluate.data for link in run.settings.links):
+        return
     read = functools.cache(functools.partial(open_source, run))
     for name in run.table.training():
         path, data = run.folder(name) / "stage.json", run.table.result(name).data

@@ -33,7 +33,15 @@ from moextend_jax.outside import read_object
 from moextend_jax.progress import preparing
 from moextend_jax.runs import results
 from moextend_jax.runs.data_of import rows_of, source_of, validation_batches
-from moextend_jax.runs.models_of import Opened, grown_config, leaves_of, model_with, open_model, selection_of
+from moextend_jax.runs.models_of import (
+    Opened,
+    facts_of_added,
+    grown_config,
+    leaves_of,
+    model_with,
+    open_model,
+    selection_of,
+)
 from moextend_jax.runs.ready import Check, ready
 from moextend_jax.runs.run import Arrays, Run, as_json, write_json
 from moextend_jax.settings import RunSettings, SelectSettings, StageSettings
@@ -92,7 +100,7 @@ def check_made(run: Run, names: Iterable[str] = ()) -> None:
             if (run.folder(name) / "routing.json").exists():
                 recorded[name] = selection_of(run, row.extension).get("facts")
         if (before := recorded[name]) is not None and made.issuperset(row.parents):
-            facts = FACTS[row.how](run, name) if name in names else run.facts_of(name)
+            facts = FACTS[row.how](run, name) if name in names else run.facts_of(name, **facts_of_added(run, name))
             train_state.check_facts(before, facts, where=run.folder(name))
 
 
@@ -102,13 +110,25 @@ def facts_of_training(run: Run, name: str) -> dict[str, Any]:
     undecisive = ("loss_chunk", "epochs", "least_steps")  # steps says it
     decisive = {field: value for field, value in dataclasses.asdict(settings).items() if field not in undecisive}
     del decisive["optimizer"]["moments"]  # the same bits wherever they lie
-    facts = run.facts_of(name, settings=as_json(decisive))
+    facts = run.facts_of(name, settings=as_json(decisive), **_rows_of_another(run, name))
     if row.grown:
-        group = run.settings.of_extension(row.extension)
-        opens_by = group.grow.opens_by if group.grow.selection_bias == "closed" else 0.0
-        facts["method"] = {"guidance": group.method.guidance, "drift": group.method.drift, "opens_by": opens_by}
+        grow = run.settings.of_extension(row.extension).grow
+        opens_by = grow.opens_by if grow.selection_bias == "closed" else 0.0
+        facts["method"] = facts_of_added(run, name)["method"] | {"opens_by": opens_by}
     facts["run"] |= {"workers": run.settings.workers, "cache_features": run.settings.cache_features}
     return facts
+
+
+def _rows_of_another(run: Run, name: str) -> dict[str, Any]:
+    """Which rows a result reads, where another stage's settings name the data set, as finetune's do for the probe."""
+    data = run.table.result(name).data
+    assert data is not None
+    data = data(run.settings.recipe)
+    if data.of == name:
+        return {}
+    of, extension = results.stage_of(run.settings, data.of), run.table.result(data.of).extension
+    held_out = 0 if data.part == "all" else run.settings.of_extension(extension).select.held_out
+    return {"rows": {"data": of.data, "split": of.split, "held_out": held_out}}
 
 
 def seconds_before(run: Run, name: str) -> float:
@@ -178,7 +198,7 @@ def facts_of_selecting(run: Run, name: str) -> dict[str, Any]:
     """All that decides which layers and experts are chosen."""
     settings: SelectSettings = results.group_of(run.settings, name)
     asked = dataclasses.asdict(settings) | {"new_experts": settings.number(run.config.decoder.experts)}
-    return as_json(run.facts_of(name, settings=asked))
+    return as_json(run.facts_of(name, settings=asked, **_rows_of_another(run, name)))
 
 
 def select(run: Run, name: str) -> None:
@@ -269,11 +289,9 @@ def config_to_grow(run: Run, extension: str) -> ModelConfig:
 def facts_of_growing(run: Run, name: str) -> dict[str, Any]:
     """All that decides the new leaves."""
     extension = run.table.result(name).extension
-    config, settings = config_to_grow(run, extension), run.settings.of_extension(extension).grow
-    added = config.added[extension]
-    if extension in config.blocks or extension in config.adapters:
-        kind = "blocks" if extension in config.blocks else "adapter"
-        return run.facts_of(name, **{kind: as_json(dataclasses.asdict(added))})
+    if of_rival := facts_of_added(run, name):
+        return run.facts_of(name, **of_rival)
+    added, settings = config_to_grow(run, extension).extensions[extension], run.settings.of_extension(extension).grow
     decisive = ("layers", "sources", "new_experts", "calibrator_width", "start", "wide", "calibrator")
     made = {field: getattr(added, field) for field in decisive}
     if settings.start == "lowered":

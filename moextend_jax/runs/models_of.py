@@ -30,7 +30,7 @@ from moextend_jax.models.moextend import MoExtend, abstract, fresh_projector
 from moextend_jax.outside import read_object, shown
 from moextend_jax.parameters import only_chooses
 from moextend_jax.runs import results
-from moextend_jax.runs.run import Arrays, Run, not_run
+from moextend_jax.runs.run import Arrays, Run, as_json, not_run
 from moextend_jax.settings import RunSettings
 from moextend_jax.sharding import parameter_shardings
 from moextend_jax.train.stages import split
@@ -93,10 +93,24 @@ def leaves_of(run: Run, name: str) -> Arrays:
     """Leaves that a result holds; an error that says what to run where it is not there."""
     config = grown_config(run, run.table.grown([*run.table.result(name).parents, name]))
     shardings = parameter_shardings(abstract(config), run.mesh)
-    leaves = train_state.load_leaves(run.folder(name) / "result", facts=run.facts, shardings=shardings)
+    facts = run.facts | facts_of_added(run, name)
+    leaves = train_state.load_leaves(run.folder(name) / "result", facts=facts, shardings=shardings)
     if leaves is None:
         raise not_run(run.workdir, name)
     return leaves
+
+
+def facts_of_added(run: Run, name: str) -> dict[str, Any]:
+    """Of a result whose leaves are an extension's: the settings without which these leaves are another model."""
+    row = run.table.result(name)
+    if not row.grown:
+        return {}
+    if row.how == "train":
+        method = run.settings.of_extension(row.extension).method
+        return {"method": {"guidance": method.guidance, "drift": method.drift}}
+    link = run.settings.link(row.extension)
+    kind = "blocks" if link.kind == "blocks" else "adapter"
+    return {kind: as_json(dataclasses.asdict(link.parts[link.name]))} if link.rival else {}
 
 
 def grown_config(run: Run, names: Iterable[str]) -> ModelConfig:
