@@ -1,11 +1,12 @@
 """What a base in few bits costs: experts as they are, in int8 and in int4, several seeds.
 
     moextend study study_storage --workdir work/storage
-    moextend study study_storage:smollm2 --workdir work/smollm2 --config.base=smollm2
+    moextend study study_storage:smollm2 --workdir work/smollm2 --config.base=smollm2 --config.recipe.prompt=chatml
 
 The first is the demo. The second is for a base of real weights, SmolLM2-135M upcycled to 4 experts (docs/own_model.md):
-fewer and smaller steps, since its step costs some sixty times the demo's. `moextend eval WORKDIR/int4/seed_0
---config.expert_storage=as_is` asks an extension over another storage than it was trained on.
+fewer and smaller steps, since its step costs some sixty times the demo's. Its own template would begin every row with a
+system turn. `moextend eval WORKDIR/int4/seed_0 --config.expert_storage=as_is` asks an extension over another storage
+than it was trained on.
 """
 
 import dataclasses
@@ -33,7 +34,6 @@ def _smaller(demo: RunSettings) -> RunSettings:
 
     return dataclasses.replace(
         demo,
-        recipe=dataclasses.replace(demo.recipe, prompt="chatml"),
         align=stage(demo.align, steps=60, learning_rate=2e-3),
         extend=stage(demo.extend, steps=10, learning_rate=1e-3),
         finetune=stage(demo.finetune, steps=60, learning_rate=1e-3),

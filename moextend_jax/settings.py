@@ -699,6 +699,11 @@ class RunSettings(ExtensionGroups):
                     "choose it; name one, or set text_isolation none"
                 )
 
+    @property
+    def trunks_first(self) -> list[str]:
+        """Media by name, those on whose projectors others stand before these: a configuration has no order of names."""
+        return sorted(self.media, key=lambda name: self.media[name].projector.kind in TRUNKS)
+
     def woven_into(self, medium: str) -> list[str]:
         """Media whose projectors that of a medium runs through: its trunk, and of weave those before it on the same."""
         own = self.media.get(medium)

@@ -226,6 +226,12 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> RunSettings:
     )  # fmt: skip
 
 
+def test_a_trunk_may_stand_behind_what_stands_on_it(settings: RunSettings, tmp_path: Path):
+    """A configuration has its media by name: depth before image."""
+    turned = dataclasses.replace(settings, media=dict(reversed(settings.media.items())))
+    assert open_run(turned, tmp_path / "w").config.media == open_run(settings, tmp_path / "v").config.media
+
+
 @pytest.mark.slow
 def test_a_run(settings: RunSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     summary = whole_run(settings, tmp_path / "w")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import json
 import math
 import shutil
@@ -18,6 +19,7 @@ import pytest
 import tiny
 from flax import nnx
 
+from configs import mixtral_methods
 from configs.mixtral_8x7b import get_config
 from moextend_jax import chips, cli
 from moextend_jax import settings as settings_module
@@ -38,7 +40,7 @@ from moextend_jax.models import flops
 from moextend_jax.models.moextend import abstract
 from moextend_jax.parameters import by_path
 from moextend_jax.plan import collectives, compiling, hlo, planning, products, roofline, sizes, sweep, topology, traffic
-from moextend_jax.plan.abstract_step import text_only
+from moextend_jax.plan.abstract_step import patterns, text_only
 from moextend_jax.plan.command import PlanOptions, plan_command
 from moextend_jax.plan.planning import undivided
 from moextend_jax.runs import results
@@ -695,3 +697,22 @@ ENTRY %main (q: bf16[2,64,4,16], k: bf16[2,64,2,16]) -> bf16[2,64,4,16] {
     text = text.replace("TARGET", target)
     done = products.products(hlo.parse(text), unknown=lambda _: 1.0)
     assert not done.uncounted and done.flops == times * 2 * (2 * 4 * 64 * 64 * 16) / 2
+
+
+METHODS = {
+    "lora": 1_920_991_232 + 20_979_712, "qlora": 960_495_616 + 20_979_712, "mole": 197_525_600, "moram": 6_815_744,
+    "damc": 671_088_640 + 20_979_712, "blocks": 2_902_540_288, "dymoe": 2_818_642_432, "upcycling": 2_818_642_432,
+}  # fmt: skip
+"""Trained parameters, with those of the projector where it is trained too; of connectors whatever it is."""
+
+
+@pytest.mark.parametrize("name", typing.get_args(mixtral_methods.Name))
+def test_every_rival_is_planned_with_as_many_parameters_as_it_trains(name: str):
+    settings = from_config_dict(load(f"mixtral_methods:{name}"))
+    stage = results.table(settings).training(optional=False)[-1]
+    leaves = by_path(nnx.state(abstract(sizes.model_config(settings, stage=stage))))
+    trains = patterns(settings, stage=stage)
+    trained = {path: leaf.size for path, leaf in leaves.items() if any(fnmatch.fnmatchcase(path, of) for of in trains)}
+    assert sum(trained.values()) == METHODS.get(name, sum(trained.values())) > 0
+    if name not in METHODS:
+        assert all(path.startswith("media/depth/projector/") for path in trained)

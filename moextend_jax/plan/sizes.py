@@ -70,11 +70,11 @@ def model_config(settings: RunSettings, *, stage: str, layers: int | None = None
     vision = _vision(settings)
     config = of_pictures(decoder=decoder, vision=vision, **settings.model_options)
     media = dict(config.media)
-    for number, (name, of) in enumerate(settings.media.items()):
+    for number, name in enumerate(settings.trunks_first):
         if name in media:
             media[name] = dataclasses.replace(media[name], projector=projector_of(name, settings, media))
         else:
-            tower = _tower_of(name, of, vision, feature_layer=feature_layer)
+            tower = _tower_of(name, settings.media[name], vision, feature_layer=feature_layer)
             # Any ids will do: a plan reads no text.
             media[name] = medium_of(name, settings, tower, media, tags=ImageTags(pad=7 + number))
     rows, links = table(settings), {link.name: link for link in settings.links}

@@ -39,7 +39,8 @@ def with_media(source: Source, settings: RunSettings, tokenizer: Tokenizer) -> S
             f"{len(others)} media beside pictures need as many ids that text does not use, and the vocabulary in "
             f"{tokenizer.where} has {len(tokenizer.spare)}: leave media out, or append rows to the base's vocabulary"
         )
-    for name, of in settings.media.items():
+    for name in settings.trunks_first:
+        of = settings.media[name]
         if name == IMAGE:
             if IMAGE not in media:
                 raise MoextendError(f"media.{IMAGE} is set, and the run has no pictures: vision = {settings.vision!r}")
