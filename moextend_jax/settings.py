@@ -786,8 +786,9 @@ def as_mapping(config: Any) -> Any:
         config = config.to_dict()
     if isinstance(config, Mapping):
         return {name: as_mapping(of) for name, of in config.items()}
-    of_class = dataclasses.is_dataclass(config) and not isinstance(config, type)
-    return dataclasses.asdict(config) if of_class else config
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return dataclasses.asdict(config)
+    return config
 
 
 _RANKED, _FEW_BITS = (

@@ -46,7 +46,7 @@ def test_an_interrupt_while_a_chain_is_waited_for_says_what_is_kept(tmp_path: Pa
             raise KeyboardInterrupt
 
     beside.folder = tmp_path / "open"
-    beside.process = SimpleNamespace(join=join, terminate=lambda: ended.append(True))
+    vars(beside)["process"] = SimpleNamespace(join=join, terminate=lambda: ended.append(True))
     with pytest.raises(KeyboardInterrupt, match="open: align; the same command goes on"):
         beside.record()
     assert ended

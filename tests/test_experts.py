@@ -125,14 +125,14 @@ def test_many_small_experts_compute_few_rows(tokens: int):
 def test_gradients_of_weights_are_added_up_in_float32():
     """Of 32 blocks of an expert's rows, in bfloat16: a sum in bfloat16 is wrong by more than one percent."""
     rng, R = np.random.default_rng(0), 8192
-    x_RD = (1 + 0.1 * rng.normal(size=(R, 4))).astype(jnp.bfloat16)
+    x_RD = jnp.asarray(1 + 0.1 * rng.normal(size=(R, 4)), jnp.bfloat16)
     weights = [rng.normal(size=(1, 4, 4)).astype(jnp.bfloat16) for _ in range(3)]
 
     def gradients(dtype: Any) -> list[np.ndarray]:
         def total(weights: Any) -> jax.Array:
             ones_R1, sizes_O = jnp.ones((R, 1), dtype), jnp.array([R], jnp.int32)
             y_RD = blocked_swiglu.blocked_swiglu(x_RD.astype(dtype), ones_R1, (tuple(weights),), sizes_O)
-            return y_RD.astype(jnp.float32).sum()
+            return jnp.sum(y_RD, dtype=jnp.float32)
 
         found = jax.jit(jax.grad(total))([jnp.asarray(weight, dtype) for weight in weights])
         return [np.asarray(leaf, np.float32) for leaf in found]

@@ -212,7 +212,7 @@ def test_flops_are_those_of_the_products(kind: str):
     own = [phases for name, phases in parts.items() if name.startswith("media/")]
 
     def total(arrays: Any) -> jax.Array:
-        return with_arrays(module, arrays)(X_nPC).sum()
+        return with_arrays(module, arrays)(jnp.asarray(X_nPC)).sum()
 
     arrays = drawn(module)
     assert sum(of["forward"] for of in own) == products_of(jax.make_jaxpr(total)(arrays).jaxpr)
