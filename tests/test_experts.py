@@ -131,7 +131,7 @@ def test_gradients_of_weights_are_added_up_in_float32():
     def gradients(dtype: Any) -> list[np.ndarray]:
         def total(weights: Any) -> jax.Array:
             ones_R1, sizes_O = jnp.ones((R, 1), dtype), jnp.array([R], jnp.int32)
-            y_RD = blocked_swiglu.blocked_swiglu(x_RD.astype(dtype), ones_R1, (tuple(weights),), sizes_O)
+            y_RD: Any = blocked_swiglu.blocked_swiglu(x_RD.astype(dtype), ones_R1, (tuple(weights),), sizes_O)
             return jnp.sum(y_RD, dtype=jnp.float32)
 
         found = jax.jit(jax.grad(total))([jnp.asarray(weight, dtype) for weight in weights])
