@@ -418,10 +418,10 @@ IMPORT = "cost = convert.import_source(open_source(src), dst)"
 EXPORT = "cost = convert.export_source(open_source(src), dst, layout='mixtral', max_shard_bytes=10**9)"
 LOAD = """
 source = open_source(src)
-meter = cost.Meter({path: leaves.plan_ours(leaf) for path, leaf in source.leaves.items()})
 device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-made = leaves.read_sharded(source.leaves, dict.fromkeys(source.leaves, device))
-cost = meter.cost()
+with cost.watched({path: leaves.plan_ours(leaf) for path, leaf in source.leaves.items()}, dst, None) as (tell, _):
+    made = leaves.read_sharded(source.leaves, dict.fromkeys(source.leaves, device))
+    cost = tell()
 """
 
 

@@ -6,6 +6,7 @@ the base and under each other model, and the average drop in points.
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -53,8 +54,7 @@ def read_tasks(names: Sequence[str] = TASKS, *, include_path: Path | None = None
     Raises:
       MoextendError: lm-eval is not installed, or knows no such task.
     """
-    from moextend_jax.evaluate import harness  # lm-eval is an extra
-
+    harness = importlib.import_module("moextend_jax.evaluate.harness")  # lm-eval is an extra
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns about every default
     manager = harness.tasks.TaskManager(include_path=None if include_path is None else str(include_path))
     unknown = [task for task in names if task not in manager.all_tasks]

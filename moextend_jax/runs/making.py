@@ -91,7 +91,8 @@ def check_made(run: Run, names: Iterable[str] = ()) -> None:
     Args:
       names: results whose own settings must be the same too; their steps must have been counted.
     """
-    rows, names = run.table.results, set(names)
+    rows, asked = run.table.results, set(names)
+    names = {*asked}
     recorded = {name: train_state.result_facts(run.folder(name) / "result") for name in rows}
     made = {name for name, facts in recorded.items() if facts is not None}  # and not cut off while it was written
     for name, row in rows.items():
@@ -101,6 +102,8 @@ def check_made(run: Run, names: Iterable[str] = ()) -> None:
                 recorded[name] = selection_of(run, row.extension).get("facts")
         if (before := recorded[name]) is not None and made.issuperset(row.parents):
             facts = FACTS[row.how](run, name) if name in names else run.facts_of(name, **facts_of_added(run, name))
+            if name not in asked:  # then its rows are not read again, and those of other stages may be others
+                before, facts = ({key: of for key, of in some.items() if key != "rows"} for some in (before, facts))
             train_state.check_facts(before, facts, where=run.folder(name))
 
 
