@@ -23,7 +23,8 @@ POINTS = {
     },
     "start": {
         "zero column": ("grow.column=zero",), "mean column": ("grow.column=mean",),
-        "random column": ("grow.column=random",), "source after": ("select.source=after",),
+        "random column": ("grow.column=random",), "zero expert": ("grow.expert=zero_down",),
+        "random expert": ("grow.expert=random",), "source after": ("select.source=after",),
         "source 2": ("select.source=fixed", "select.expert=2"), "saliency": ("select.source=saliency",),
         "twin": ("grow.start=twin",), "lowered": ("grow.start=lowered",), "added": ("grow.start=added",),
     },

@@ -33,13 +33,15 @@ POINTS: dict[str, tuple[str, ...]] = {
     "moextend": (),
     "dymoe": ("grow.column=mean", "method.guidance=0.2", "method.drift=0.01"),
     "lora": _points("lora", rank=8),
+    "qlora": (*_points("lora", rank=8), "expert_storage=int4"),
     "mole": _points("mole", rank=8),
     "moram": (*_points("moram", rank=8), *MORAM),
+    "damc": _points("damc", rank=8),
     "blocks": ("method.name=blocks", "method.blocks=1"),
     **EQUAL,
     "qlora_equal": (*LORA_EQUAL, "expert_storage=int4"),
 }
-POINTS |= {f"{name}_strict": (*POINTS[name], *STRICT) for name in ("moextend", "dymoe", "blocks", *EQUAL)}
+POINTS |= {f"{name}_strict": (*POINTS[name], *STRICT) for name in tuple(POINTS)}
 
 
 def get_config() -> ConfigDict:
