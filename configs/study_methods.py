@@ -41,7 +41,7 @@ POINTS: dict[str, tuple[str, ...]] = {
     **EQUAL,
     "qlora_equal": (*LORA_EQUAL, "expert_storage=int4"),
 }
-POINTS |= {f"{name}_strict": (*POINTS[name], *STRICT) for name in tuple(POINTS)}
+POINTS |= {f"{name}_strict": (*own, *STRICT) for name, own in POINTS.items()}
 
 
 def get_config() -> ConfigDict:

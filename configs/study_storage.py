@@ -4,9 +4,8 @@
     moextend study study_storage:smollm2 --workdir work/smollm2 --config.base=smollm2 --config.recipe.prompt=chatml
 
 The first is the demo. The second is for a base of real weights, SmolLM2-135M upcycled to 4 experts (docs/own_model.md):
-fewer and smaller steps, since its step costs some sixty times the demo's. Its own template would begin every row with a
-system turn. `moextend eval WORKDIR/int4/seed_0 --config.expert_storage=as_is` asks an extension over another storage
-than it was trained on.
+fewer and smaller steps, since it is a larger model. Its own template would begin every row with a system turn. The
+second has not been run yet.
 """
 
 import dataclasses

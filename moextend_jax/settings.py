@@ -791,10 +791,8 @@ def as_mapping(config: Any) -> Any:
     return config
 
 
-_RANKED, _FEW_BITS = (
-    ("lora", "damc", "mole", "moram"),
-    tuple(kind for kind in get_args(ExpertStorage) if kind != "as_is"),
-)
+_RANKED = ("lora", "damc", "mole", "moram")
+_FEW_BITS = tuple(kind for kind in get_args(ExpertStorage) if kind != "as_is")
 GOES_WITH: Mapping[type, Mapping[str, tuple[str, tuple[str, ...]]]] = {
     RunSettings: {"saved": ("remat", ("layer",)), "expert_group": ("expert_storage", _FEW_BITS)},
     SelectSettings: {"share": ("layers", ("extender", "random", "interval")), "expert": ("source", ("fixed",))},

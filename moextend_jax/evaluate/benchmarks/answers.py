@@ -62,8 +62,10 @@ class Answers:
         self.flushed = time.monotonic()
 
     def close(self) -> None:
-        self.flush()
-        os.close(self.descriptor)
+        if self.descriptor >= 0:  # by a second call it may be another file's
+            self.flush()
+            os.close(self.descriptor)
+            self.descriptor = -1
 
     def __enter__(self) -> Answers:
         return self
