@@ -12,6 +12,7 @@ import pytest
 import tiny
 from flax import nnx
 from test_chain import groups
+from test_method_runs import assert_goes_on
 from test_several_media import talk
 from test_woven import CONNECTOR
 
@@ -260,6 +261,16 @@ def test_a_run(settings: RunSettings, tmp_path: Path, capsys: pytest.CaptureFixt
         cli.main(["generate", *model, *asked])
         answers.append(capsys.readouterr().out)
     assert answers[0] and answers[0] == answers[1]
+
+
+@pytest.mark.slow
+def test_cut_off_and_gone_on_equals_uninterrupted(
+    settings: RunSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    touch = settings.extensions["touch"]
+    touch = dataclasses.replace(touch, finetune=dataclasses.replace(touch.finetune, steps=4))
+    settings = dataclasses.replace(settings, extensions={"touch": touch}, checkpoint_every=2)
+    assert_goes_on(settings, "finetune:touch", tmp_path, monkeypatch)
 
 
 def test_of_another_kind_it_is_refused(settings: RunSettings, tmp_path: Path):

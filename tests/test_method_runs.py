@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import shutil
 from pathlib import Path
 
@@ -11,10 +12,11 @@ import random_run
 import tiny
 from folders import assert_same
 
+from moextend_jax.runs import results
 from moextend_jax.runs.making import make
 from moextend_jax.runs.models_of import leaves_of
 from moextend_jax.runs.run import open_run
-from moextend_jax.settings import MethodSettings
+from moextend_jax.settings import MethodSettings, RunSettings
 from moextend_jax.train import loop
 
 METHODS = {
@@ -26,13 +28,8 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=getattr(pytest.mark, of[1])) for name, of in METHODS.items()]
-)
-def test_cut_off_and_gone_on_equals_uninterrupted(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    tiny.shorten_easy_vqa(monkeypatch)
-    settings = random_run.settings(tiny.write_base(tmp_path / "base"), method=METHODS[name][0], checkpoint_every=2)
-    settings = dataclasses.replace(settings, finetune=dataclasses.replace(settings.finetune, steps=4))
+def assert_goes_on(settings: RunSettings, stage: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """STAGE has 4 steps and a checkpoint after 2; cut off before its last step it ends as it does uninterrupted."""
     place, left = loop.place_rows, [0]
 
     def dying(batch, mesh):
@@ -42,17 +39,28 @@ def test_cut_off_and_gone_on_equals_uninterrupted(name: str, tmp_path: Path, mon
         return place(batch, mesh)
 
     monkeypatch.setattr(loop, "place_rows", dying)
-    ends, run = {}, open_run(settings, tmp_path / "whole")
-    for stage in ("align", "grow"):
-        make(run, stage)
-    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    for folder, dies_at in (("whole", 0), ("cut", 4)):
-        run, left[0] = open_run(settings, tmp_path / folder), dies_at
+    ends, run = {}, open_run(settings, folder / "whole")
+    for name in itertools.takewhile(lambda name: name != stage, results.table(settings).results):
+        make(run, name)
+    shutil.copytree(folder / "whole", folder / "cut")
+    for name, dies_at in (("whole", 0), ("cut", 4)):
+        run, left[0] = open_run(settings, folder / name), dies_at
         if dies_at:
             with pytest.raises(KeyboardInterrupt):
-                make(run, "finetune")
+                make(run, stage)
         left[0] = 0
-        make(run, "finetune")
+        make(run, stage)
         assert left[0] == (-2 if dies_at else -4)  # from its checkpoint of step 2, and not anew
-        ends[folder] = leaves_of(run, "finetune")
+        ends[name] = leaves_of(run, stage)
+    assert ends["cut"]
     assert_same(ends["cut"], ends["whole"])
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=getattr(pytest.mark, of[1])) for name, of in METHODS.items()]
+)
+def test_cut_off_and_gone_on_equals_uninterrupted(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    tiny.shorten_easy_vqa(monkeypatch)
+    settings = random_run.settings(tiny.write_base(tmp_path / "base"), method=METHODS[name][0], checkpoint_every=2)
+    settings = dataclasses.replace(settings, finetune=dataclasses.replace(settings.finetune, steps=4))
+    assert_goes_on(settings, "finetune", tmp_path, monkeypatch)

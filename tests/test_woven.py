@@ -14,6 +14,7 @@ import pytest
 import tiny
 from flax import nnx
 from test_chain import groups, write_features
+from test_method_runs import assert_goes_on
 
 from moextend_jax import cli
 from moextend_jax.checkpoints import store
@@ -110,6 +111,16 @@ def test_a_chain_of_connectors(settings, tmp_path: Path):
     assert record.config.media["smell"].projector == projector
     for path, leaf in moved.items():
         assert leaves[path].ours(()).tobytes() == np.asarray(leaf).tobytes(), path
+
+
+@pytest.mark.slow
+def test_cut_off_and_gone_on_equals_uninterrupted(
+    settings: RunSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    touch = settings.extensions["touch"]
+    touch = dataclasses.replace(touch, finetune=dataclasses.replace(touch.finetune, steps=4))
+    settings = dataclasses.replace(settings, extensions={"touch": touch}, checkpoint_every=2)
+    assert_goes_on(settings, "finetune:touch", tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
