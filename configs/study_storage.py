@@ -33,9 +33,9 @@ def _smaller(demo: RunSettings) -> RunSettings:
 
     return dataclasses.replace(
         demo,
-        align=stage(demo.align, steps=60, learning_rate=2e-3),
+        align=stage(demo.align, steps=40, learning_rate=5e-3),
         extend=stage(demo.extend, steps=10, learning_rate=1e-3),
-        finetune=stage(demo.finetune, steps=60, learning_rate=1e-3),
+        finetune=stage(demo.finetune, steps=40, learning_rate=5e-4),
         select=dataclasses.replace(demo.select, held_out=200, batch_size=32),
-        evaluate=dataclasses.replace(demo.evaluate, questions=300, length=64, batch_size=50),
+        evaluate=dataclasses.replace(demo.evaluate, questions=200, length=64, batch_size=50, text_batches=2),
     )

@@ -386,6 +386,8 @@ class EvaluateSettings:
     """Tokens of a row of held-out text."""
     text_batch_size: Count = 16
     """Rows of held-out text at once."""
+    text_batches: Amount = 0
+    """How many batches of each held-out text are read; 0: all of it, about 20,000 tokens."""
     examples: Amount = 8
     """Questions shown in the report."""
     leave_out: LeaveOut = "none"

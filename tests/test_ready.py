@@ -369,6 +369,17 @@ def test_the_loss_of_held_out_answers_is_that_of_their_tokens(llava, tmp_path):
     assert np.isfinite(blind) and abs(blind - seeing) > 1e-3
 
 
+def test_a_part_of_the_texts_is_their_first_batches(llava, tmp_path):
+    def rows(**more: int) -> list[np.ndarray]:
+        evaluate = {"text_length": 64, "text_batch_size": 8, **more}
+        run = open_without_weights(settings(llava, evaluate=evaluate), tmp_path)
+        return [np.asarray(batch.tokens_BL) for batch in text_losses.passages(run, "kjv")]
+
+    every, two = rows(), rows(text_batches=2)
+    assert len(every) > len(two) == 2
+    np.testing.assert_array_equal(two, every[:2])
+
+
 def test_a_cache_of_features_lies_in_no_other(llava, tmp_path, monkeypatch):
     """One that is made again takes its folder away; that of pictures is where it always was."""
     run, paths = open_without_weights(settings(llava), tmp_path), []

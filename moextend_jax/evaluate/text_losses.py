@@ -4,6 +4,7 @@ questions of a run. A model in, mean nats per token out."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def passages(run: Run, text: str) -> Iterator[Batch]:
         open_text(TEXTS / f"{text}.txt"), tokenizer=run.tokenizer, length=settings.text_length,
         batch_size=settings.text_batch_size, share=run.share, seed=None, epochs=1,
     )  # fmt: skip
-    return (place_rows(batch, run.mesh) for batch in rows)
+    return (place_rows(batch, run.mesh) for batch in itertools.islice(rows, settings.text_batches or None))
 
 
 def answer_stage_of(run: Run, source: Source) -> StageSettings:
