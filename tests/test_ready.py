@@ -373,7 +373,7 @@ def test_a_part_of_the_texts_is_their_first_batches(llava, tmp_path):
     def rows(**more: int) -> list[np.ndarray]:
         evaluate = {"text_length": 64, "text_batch_size": 8, **more}
         run = open_without_weights(settings(llava, evaluate=evaluate), tmp_path)
-        return [np.asarray(batch.tokens_BL) for batch in text_losses.passages(run, "kjv")]
+        return [np.asarray(batch.ids_BL) for batch in text_losses.passages(run, "kjv")]
 
     every, two = rows(), rows(text_batches=2)
     assert len(every) > len(two) == 2
