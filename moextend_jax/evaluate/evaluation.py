@@ -27,7 +27,7 @@ from moextend_jax.evaluate.run_questions import (
 )
 from moextend_jax.evaluate.text_losses import CORPORA, answer_loss, answer_stage_of, text_losses
 from moextend_jax.models.moextend import abstract
-from moextend_jax.progress import Bar, counting
+from moextend_jax.progress import Bar, counting, preparing
 from moextend_jax.runs import results
 from moextend_jax.runs.askable import Askable, askable
 from moextend_jax.runs.data_of import source_of
@@ -160,7 +160,10 @@ def _ask(
         picks = picks_of(run, opened, examples, readers(extension))
     if name == "moextend":
         write_routing(run, opened, {on: (of, readers(on)) for on, of in asked.items() if on in learnt})
-    of_text = None if row.text_is_bases else text_losses(run, opened)
+    of_text = None
+    if not row.text_is_bases:
+        with preparing(f"evaluate: held-out text, {name}"):
+            of_text = text_losses(run, opened)
     return _Said(answers, right, loss, of_text, picks)
 
 
