@@ -122,14 +122,44 @@ class Named(dict[str, Value]):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class YarnConfig:
     """YaRN (arXiv 2309.00071). Rotary frequencies that turn less than `slow` times within `length` positions are
-    divided by `factor`. Those that turn more than `fast` times are unchanged. Between them, the two are mixed linearly;
-    `whole` rounds the ends of that ramp to integers. Queries and keys are each multiplied by 0.1 ln(factor) + 1."""
+    divided by `factor`. Those that turn more than `fast` times are unchanged. Between them, the two are mixed linearly
+    by their number; `whole` rounds the ends of that ramp to integers. Queries and keys are each multiplied by `growth`;
+    None: by m(1) = 0.1 ln(factor) + 1, or with both of the others, by m(mscale) / m(mscale_all), where
+    m(s) = 0.1 s ln(factor) + 1."""
 
     factor: float
     length: int
     fast: float = 32.0
     slow: float = 1.0
     whole: bool = True
+    growth: float | None = None
+    mscale: float | None = None
+    mscale_all: float | None = None
+    kind: Literal["yarn"] = "yarn"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Llama3RopeConfig:
+    """Llama 3.1's. Rotary frequencies that turn less than `low` times within `length` positions are divided by
+    `factor`. Those that turn more than `high` times are unchanged. Between them, the two are mixed linearly by the
+    number of turns."""
+
+    factor: float
+    length: int
+    low: float
+    high: float
+    kind: Literal["llama3"] = "llama3"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearRopeConfig:
+    """All rotary frequencies are divided by `factor`."""
+
+    factor: float
+    kind: Literal["linear"] = "linear"
+
+
+RopeScaling = YarnConfig | Llama3RopeConfig | LinearRopeConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,11 +178,12 @@ class DecoderConfig:
     a bias, and weighted by the score alone. groups, top_groups: experts are in `groups` groups, and a token chooses
     within its `top_groups` best. normalised: the chosen experts' weights sum to one; else they are the scores.
     routed_factor: multiplies all weights. rotary_share: share of a head, its first part, that is rotated.
-    yarn: extends the context beyond the pretraining length. local: for each layer, whether a token sees only the last
-    local_window tokens, itself included; (): none does. sinks: each head has a learnt logit that takes part in the
-    softmax and has no value. out_bias, router_bias, expert_bias: biases of attention's output, of router logits, of
-    experts' three maps. router_float32: the router's columns are stored in float32, whatever the other dtypes, and its
-    logits are computed in float32. glu, glu_limit: the gated unit, a row of `glu.GLUS`, and its clamp limit.
+    rope_scaling: extends the context beyond the pretraining length, by a row of `rope.ROPE_SCALINGS`. local: for each
+    layer, whether a token sees only the last local_window tokens, itself included; (): none does. sinks: each head has
+    a learnt logit that takes part in the softmax and has no value. out_bias, router_bias, expert_bias: biases of
+    attention's output, of router logits, of experts' three maps. router_float32: the router's columns are stored in
+    float32, whatever the other dtypes, and its logits are computed in float32. glu, glu_limit: the gated unit, a row of
+    `glu.GLUS`, and its clamp limit.
 
     `window` is the sliding window of a checkpoint, in tokens. It is not computed: every token sees all earlier ones,
     which is the same in rows of up to `window` tokens. Longer rows are refused.
@@ -191,7 +222,7 @@ class DecoderConfig:
     top_groups: int = 1
     routed_factor: float = 1.0
     rotary_share: float = 1.0
-    yarn: YarnConfig | None = None
+    rope_scaling: RopeScaling | None = None
     local: tuple[bool, ...] = ()
     local_window: int = 0
     sinks: bool = False

@@ -851,8 +851,12 @@ def build(kind: Any, value: Any, *, where: str) -> Any:
     """The value as `kind`: groups of settings from Mappings, tuples from lists, floats from integers; a mistake is an
     error that begins with `where`."""
     origin, arguments = get_origin(kind), get_args(kind)
-    if origin in (Union, types.UnionType):  # X | None
-        return None if value is None else build(arguments[0], value, where=where)
+    if origin in (Union, types.UnionType):  # X | None, or several groups: that of its `kind`, the first without one
+        if value is None:
+            return None
+        kind = value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
+        named = (of for of in arguments if kind is not None and getattr(of, "kind", None) == kind)
+        return build(next(named, arguments[0]), value, where=where)
     if origin is Annotated:
         number = build(arguments[0], value, where=where)
         for bounds in arguments[1:]:

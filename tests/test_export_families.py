@@ -32,6 +32,8 @@ from moextend_jax.config import (
     DecoderConfig,
     ExtensionConfig,
     ImageTags,
+    LinearRopeConfig,
+    Llama3RopeConfig,
     Medium,
     ModelConfig,
     Named,
@@ -58,16 +60,20 @@ SIZES: dict[str, Any] = {
     "top_k": 3,
 }  # fmt: skip
 MORE: dict[str, dict[str, Any]] = {
+    "mixtral": {"rope_scaling": Llama3RopeConfig(factor=8.0, length=16, low=1.0, high=4.0)},
     "granitemoe": {
         "embed_factor": 3.0, "residual_factor": 0.5, "logits_divisor": 2.0, "attention_scale": 0.3, "tied_head": True,
     },
-    "olmoe": {"head_size": 6},  # its class knows no other than width over heads
+    "olmoe": {"head_size": 6,  # its class knows no other than width over heads
+              "rope_scaling": LinearRopeConfig(factor=2.0)},
     "qwen2_moe": {"shared_hidden": 20},
-    "qwen3_moe": {"normalised": True},
+    "qwen3_moe": {"normalised": True, "rope_scaling": YarnConfig(factor=4.0, length=8)},
     "glm4_moe": {"dense_hidden": 20, "shared_experts": 2, "groups": 4, "top_groups": 2, "routed_factor": 2.5,
-                 "qkv_bias": True, "qk_norm": "head"},
-    "gpt_oss": {"local": (True, False, True), "local_window": 4, "yarn": YarnConfig(factor=4.0, length=8)},
-    "ernie4_5_moe": {"dense_hidden": 20, "shared_experts": 1},
+                 "qkv_bias": True, "qk_norm": "head",
+                 "rope_scaling": YarnConfig(factor=4.0, length=8, whole=False)},
+    "gpt_oss": {"local": (True, False, True), "local_window": 4,
+                "rope_scaling": YarnConfig(factor=4.0, length=8, growth=1.5)},
+    "ernie4_5_moe": {"dense_hidden": 20, "shared_experts": 1, "rope_scaling": YarnConfig(factor=4.0, length=8)},
 }  # fmt: skip
 LAYERS = (1, 2)
 STARTS: dict[str, dict[str, Any]] = {

@@ -92,7 +92,7 @@ def test_what_is_not_computed_is_refused_by_name(change: dict, message: str, tmp
 
 def test_gpt_oss_has_plain_positions_only_where_its_file_says_so(tmp_path: Path):
     """Where it is silent, transformers takes YaRN's of factor 32."""
-    plain = dataclasses.replace(DECODERS["gpt-oss-20b"], yarn=None)
+    plain = dataclasses.replace(DECODERS["gpt-oss-20b"], rope_scaling=None)
     huggingface.write_decoder_config(tmp_path, plain, dtype="bfloat16")
     attributes = huggingface.read_json(tmp_path / "config.json")
     assert read(tmp_path, attributes) == plain

@@ -21,7 +21,7 @@ from moextend_jax import cli
 from moextend_jax.checkpoints.gguf import open_gguf
 from moextend_jax.checkpoints.gguf_tokenizer import write_tokenizer
 from moextend_jax.checkpoints.upcycle import upcycle, upcycled_config
-from moextend_jax.config import ImageTags, MoextendError
+from moextend_jax.config import ImageTags, Llama3RopeConfig, MoextendError
 from moextend_jax.data.tokenizer import load_tokenizer
 
 KEPT = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
@@ -71,6 +71,17 @@ def test_a_tied_head_is_not_in_the_file(tmp_path: Path):
     assert "lm_head.weight" not in opened.tensors
 
 
+def test_the_scaling_of_a_llama_3_is_known_by_what_its_file_divides_frequencies_by(tmp_path: Path):
+    """Its pairs turn 1304, 49, 1.84 and 0.07 times within 8192 positions: the third is between 1 and 4."""
+    config = dataclasses.replace(llama.DENSE, rope_theta=5e5)
+    kept = (8192 * 5e5**-0.5 / (2 * np.pi) - 1) / (4 - 1)
+    divisors_h = np.array([1, 1, 1 / ((1 - kept) / 32 + kept), 32], np.float32)  # as llama.cpp's converter writes them
+    opened = open_gguf(llama.write_gguf(tmp_path / "m.gguf", config=config, extra={"rope_freqs.weight": divisors_h}))
+    scaling = Llama3RopeConfig(factor=32.0, length=8192, low=1.0, high=4.0)
+    assert opened.config == dataclasses.replace(config, rope_scaling=scaling)
+    assert "rope_freqs.weight" not in opened.tensors and len(opened.tensors) == len(llama.tensors())
+
+
 def test_a_file_becomes_a_mixture_of_experts(tmp_path: Path):
     source = open_gguf(llama.write_gguf(tmp_path / "m.gguf", kinds=lambda name: "Q4_1")).tensors
     ids_BL = np.random.default_rng(1).integers(0, llama.DENSE.vocab_size, (2, 12))
@@ -100,7 +111,9 @@ VECTOR = np.ones(llama.DENSE.width, np.float32)
         ({"keys": {"embedding_length": None}}, "llama.embedding_length must be one positive number, not None"),
         ({"keys": {"block_count": 4}}, r"Missing: blk\.3\.attn_k\.weight"),
         ({"keys": {"feed_forward_length": 96}}, r"ffn_gate\.weight has shape \[64, 32\], expected \[96, 32\]"),
-        ({"extra": {"rope_freqs.weight": VECTOR}}, "rope_freqs.weight scales the rotary"),
+        ({"extra": {"rope_freqs.weight": VECTOR}}, "rope_freqs.weight scales rotary .*: import the .* safetensors"),
+        ({"extra": {"rope_freqs.weight": 8 * VECTOR[:4]}}, "rope_freqs.weight scales rotary"),
+        ({"extra": {"rope_freqs.weight": np.nan * VECTOR[:4]}}, "rope_freqs.weight scales rotary"),
         ({"extra": {"blk.0.attn_q.bias": VECTOR}}, r"Not asked for: blk\.0\.attn_q\.bias"),
         ({"left_out": "blk.2.ffn_norm.weight"}, r"Missing: blk\.2\.ffn_norm\.weight"),
         ({"left_out": "token_embd.weight"}, "missing: token_embd.weight"),

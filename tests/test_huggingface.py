@@ -130,7 +130,7 @@ def test_transformers_5_writes_rope_theta_elsewhere(folder: Path):
         ("sliding_window", -1),
         ("sliding_window", True),
         ("mlp_bias", True),
-        ("rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("rope_scaling", {"type": "dynamic", "factor": 2.0}),
         ("attention_bias", True),
         ("hidden_act", "gelu"),
         ("hidden_act", "relu"),

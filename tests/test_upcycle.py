@@ -182,7 +182,7 @@ def test_what_transformers_writes_is_read(tmp_path: Path):
     [
         ({"model_type": "gemma"}, "model_type is 'gemma'; only llama and mistral"),
         ({"sliding_window": "4096"}, "sliding_window must be null or one positive number, not '4096'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling = .*linear.* cannot be honoured"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling = .*dynamic.* cannot be honoured"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_parameters = .*llama3"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),

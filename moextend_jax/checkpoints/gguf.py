@@ -6,6 +6,7 @@ keeps the rows of query and key as rotation pairs side by side; here they come i
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping
@@ -21,8 +22,9 @@ from gguf import GGMLQuantizationType as Kind
 from moextend_jax.checkpoints.gguf_header import Placed, read_header
 from moextend_jax.checkpoints.llama import dense_config
 from moextend_jax.checkpoints.tensors import Stored, difference
-from moextend_jax.config import DecoderConfig, MoextendError
+from moextend_jax.config import DecoderConfig, Llama3RopeConfig, MoextendError
 from moextend_jax.families.attributes import Table, fits, read_fields
+from moextend_jax.models.rope import frequencies
 from moextend_jax.outside import said_by, shown
 
 
@@ -87,6 +89,8 @@ _KEYS = Table(
         "vocab_size", "rope.dimension_count", "attention.value_length",  # these are held against the others
     },
 )  # fmt: skip
+DIVISORS = "rope_freqs.weight"
+"""What each rotary frequency is divided by, in a Llama 3.1 or later."""
 MORE_LAYERS = 1000
 """A file that lacks more layers than this gets an error without their names."""
 
@@ -96,7 +100,8 @@ def open_gguf(path: Path) -> Opened:
 
     Raises:
       MoextendError: not a GGUF file, cut short, of another architecture, with a key or a tensor that this decoder
-        does not compute (rope scaling, experts, biases), or with a tensor missing, misshapen or of an unknown type.
+        does not compute (other rope scaling than Llama 3's, experts, biases), or with a tensor missing, misshapen or of
+        an unknown type.
     """
     metadata, placed = read_header(path)
     config = _config(metadata, placed, where=path)
@@ -137,7 +142,25 @@ def _config(metadata: Mapping[str, Any], placed: Mapping[str, Placed], *, where:
         )
     vocab_size = placed["token_embd.weight"].shape[0]
     tied_head = "output.weight" not in placed
-    return dense_config(where=where, vocab_size=vocab_size, tied_head=tied_head, **fields)
+    config = dense_config(where=where, vocab_size=vocab_size, tied_head=tied_head, **fields)
+    return _scaled(config, placed, where=where) if DIVISORS in placed else config
+
+
+def _scaled(config: DecoderConfig, placed: Mapping[str, Placed], *, where: Path) -> DecoderConfig:
+    """With the scaling that the divisors follow from. No file says its numbers, so these are what llama.cpp's converter
+    takes, as all of Llama 3.1 to 3.3 have them; the factor is the largest divisor."""
+    if placed[DIVISORS].kind == Kind.F32 and placed[DIVISORS].shape == (config.head_size // 2,):
+        divisors_h = _read(where, placed, config, DIVISORS, _FLOAT32)
+        scaling = Llama3RopeConfig(factor=float(divisors_h.max()), length=8192, low=1.0, high=4.0)
+        scaled = dataclasses.replace(config, rope_scaling=scaling)
+        if config.head_size % 2 == 0 and fits("rope_scaling", scaling):
+            expected_h = frequencies(config)[0] / frequencies(scaled)[0]
+            if np.allclose(divisors_h, expected_h, rtol=1e-4, atol=0):
+                return scaled
+    raise MoextendError(
+        f"{where}: {DIVISORS} scales rotary positions otherwise than in Llama 3.1 to 3.3: import the model's folder of "
+        "safetensors instead, whose config.json says how"
+    )
 
 
 def _tensors(placed: Mapping[str, Placed], config: DecoderConfig, *, where: Path) -> dict[str, Stored]:
@@ -163,11 +186,7 @@ def _tensors(placed: Mapping[str, Placed], config: DecoderConfig, *, where: Path
         dtype = kinds.pop() if len(kinds) == 1 else _FLOAT32
         for name in row_tensors:
             tensors[names[name]] = Stored(shape, dtype, functools.partial(read, name, dtype), str(where))
-    if "rope_freqs.weight" in placed:
-        raise MoextendError(
-            f"{where}: rope_freqs.weight scales the rotary positions (Llama 3.1 and later): not computed"
-        )
-    if missing_or_surplus := difference(wanted, placed):
+    if missing_or_surplus := difference(wanted | ({DIVISORS} & placed.keys()), placed):
         raise MoextendError(f"{where}: the tensors are not those of this model.{missing_or_surplus}")
     return tensors
 

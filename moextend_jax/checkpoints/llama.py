@@ -18,9 +18,10 @@ _TABLE = Table(
         "num_hidden_layers": "layers", "num_attention_heads": "heads", "num_key_value_heads": "kv_heads",
         "head_dim": "head_size", "rope_theta": "rope_theta", "rms_norm_eps": "norm_eps",
         "tie_word_embeddings": "tied_head", "sliding_window": "window",
+        "rope_scaling": "rope_scaling",
     },
     must_be={
-        "hidden_act": ("silu",), "attention_bias": (None, False), "mlp_bias": (None, False), "rope_scaling": (None,),
+        "hidden_act": ("silu",), "attention_bias": (None, False), "mlp_bias": (None, False),
         "rope_interleaved": (None, False), "partial_rotary_factor": (None, 1.0), "attention_dropout": (None, 0.0),
         "residual_dropout": (None, 0.0),
     },
@@ -33,8 +34,8 @@ def llama_config(attributes: Mapping[str, Any], *, where: Path) -> DecoderConfig
     """Sizes of the dense model from a Llama's or Mistral's `config.json`: one expert, which every token takes.
 
     Raises:
-      MoextendError: names an attribute that is unknown, or that this decoder does not compute (rope
-        scaling, biases, other activations, ...).
+      MoextendError: names an attribute that is unknown, or that this decoder does not compute (biases,
+        other activations, ...).
     """
     attributes = decoder_attributes_of(attributes, where=where)
     model_type = attributes.get("model_type")

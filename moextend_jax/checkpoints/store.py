@@ -378,7 +378,7 @@ def _check_rivals(config: ModelConfig) -> None:
 
 
 def _config(model: Mapping[str, Any], *, projector_shape: Any) -> ModelConfig:
-    decoder = _built(DecoderConfig, model["decoder"], where="decoder") if model["decoder"] else None
+    decoder = _built(DecoderConfig, _renamed(model["decoder"]), where="decoder") if model["decoder"] else None
     if "media" in model:
         media = {name: medium_of(attributes, where=name) for name, attributes in model["media"].items()}
         extensions, composition = model["extensions"], model["composition"]
@@ -399,6 +399,11 @@ def _config(model: Mapping[str, Any], *, projector_shape: Any) -> ModelConfig:
         blocks=Named({name: _built(BlocksConfig, part, where=name) for name, part in model.get("blocks", {}).items()}),
         composition=_built(fields(ModelConfig)["composition"], composition, where="composition"),
     )
+
+
+def _renamed(decoder: Mapping[str, Any]) -> dict[str, Any]:
+    """Once YaRN was the only scaling, and its field was called so."""
+    return {"rope_scaling" if name == "yarn" else name: value for name, value in decoder.items()}
 
 
 def medium_attributes(medium: Medium) -> dict[str, Any]:

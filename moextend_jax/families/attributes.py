@@ -12,7 +12,8 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-from moextend_jax.config import DecoderConfig, MoextendError, VisionConfig, YarnConfig
+from moextend_jax.config import DecoderConfig, MoextendError, RopeScaling, VisionConfig
+from moextend_jax.families.rope import LENGTH, is_possible, read_rope, rope_attributes
 from moextend_jax.outside import short, shown
 
 MOST = 1 << 31
@@ -60,11 +61,15 @@ class Table(NamedTuple):
     theirs: Mapping[str, Callable[[Any], Any]] = {}
 
     def attributes_of(self, config: Any) -> dict[str, Any]:
-        """The attributes that `read_fields` makes these fields of."""
-        return {
-            name: self.theirs.get(name, lambda value: value)(getattr(config, field))
-            for name, field in self.sizes.items()
+        """The attributes that `read_fields` makes these fields of, without a rope_scaling of None."""
+        written = {
+            name: self.theirs.get(name, _as_written)(getattr(config, field)) for name, field in self.sizes.items()
         }
+        return {name: value for name, value in written.items() if value is not None or name != "rope_scaling"}
+
+
+def _as_written(value: Any) -> Any:
+    return rope_attributes(value) if isinstance(value, RopeScaling) else value
 
 
 def read_fields(attributes: Mapping[str, Any], table: Table, *, where: Path, prefix: str = "") -> dict[str, Any]:
@@ -100,7 +105,6 @@ def read_fields(attributes: Mapping[str, Any], table: Table, *, where: Path, pre
             may_be_null = "null or " if type(None) in get_args(hint) else ""
             wanted = (
                 "a list of full_attention and sliding_attention" if ours == "local"
-                else "null or YaRN's, as transformers writes it without mscale" if ours == "yarn"
                 else "true or false" if hint is bool or get_origin(hint) is Literal
                 else may_be_null + ("a number from 0 on" if default == 0 and hint is int else "one positive number")
             )  # fmt: skip
@@ -137,9 +141,9 @@ def fits(field: str, value: Any) -> bool:
         return isinstance(value, tuple) and all(isinstance(is_local, bool) for is_local in value)
     hint, default = _FIELDS.get(field, _COUNT)
     options = get_args(hint)
-    if field == "yarn" and value is not None:
-        numbers = value if isinstance(value, dict) else vars(value) if isinstance(value, YarnConfig) else {}
-        return bool(numbers) and all(isinstance(of, bool) or fits("rope_theta", of) for of in numbers.values())
+    if field == "rope_scaling" and value is not None:
+        fields = vars(value) if isinstance(value, RopeScaling) else value
+        return isinstance(fields, dict) and is_possible(fields)
     if get_origin(hint) is Literal:
         return isinstance(value, str) and value in options
     if value is None:
@@ -152,24 +156,21 @@ def fits(field: str, value: Any) -> bool:
 
 
 def decoder_attributes_of(attributes: Mapping[str, Any], *, where: Path) -> dict[str, Any]:
-    """Where transformers 5 writes rope_theta and the part that is turned inside `rope_parameters`, they are taken out;
-    a `rope_scaling` that scales nothing may be there too, which is None then. A head_dim or rope_scaling of null is
-    none."""
-    silent = ("head_dim", "rope_scaling")
-    attributes = {name: value for name, value in attributes.items() if name not in silent or value is not None}
-    for name in ("rope_parameters", "rope_scaling"):
-        rope = attributes.get(name)
-        if not isinstance(rope, dict):
-            continue
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        own = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-        scaled = {name: value for name, value in rope.items() if name not in own}
-        if kind not in ("default", "yarn") or (kind == "default" and scaled):
-            raise MoextendError(f"{where}: {name} = {shown(rope)} cannot be honoured (only plain rotary positions)")
-        attributes.pop(name)
-        attributes |= {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
-        attributes["rope_scaling"] = {"rope_type": "yarn", **scaled} if kind == "yarn" else None
-    return attributes
+    """What transformers 5 writes inside `rope_parameters` is taken out, and `rope_scaling` is ours, a field of
+    `DecoderConfig`, if the file says anything of it. A head_dim of null is none.
+
+    Raises:
+      MoextendError: as `read_rope`; or both are there and differ, of which transformers would drop one.
+    """
+    ropes = ("rope_scaling", "rope_parameters")
+    read = [read_rope(name, attributes, where=where) for name in ropes if attributes.get(name) not in (None, {})]
+    if read and read[0] != read[-1]:
+        raise MoextendError(f"{where}: {' and '.join(ropes)} differ")
+    used = (*ropes, LENGTH) if read and read[0]["rope_scaling"] else ropes
+    attributes = {name: value for name, value in attributes.items() if name not in used}
+    if attributes.get("head_dim", 0) is None:
+        del attributes["head_dim"]
+    return attributes | (read[0] if read else {})
 
 
 def with_head_size(fields: dict[str, Any], *, where: Path) -> dict[str, Any]:

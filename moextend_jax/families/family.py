@@ -65,6 +65,7 @@ SIZES = {
     "vocab_size": "vocab_size", "hidden_size": "width", "num_hidden_layers": "layers",
     "num_attention_heads": "heads", "num_key_value_heads": "kv_heads", "num_experts_per_tok": "top_k",
     "rope_theta": "rope_theta", "rms_norm_eps": "norm_eps", "tie_word_embeddings": "tied_head", "head_dim": "head_size",
+    "rope_scaling": "rope_scaling",
 }  # fmt: skip
 """Attributes that every family has under these names."""
 
@@ -77,7 +78,7 @@ class Every(tuple[Any, ...]):
 
 
 PLAIN: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",), "rope_scaling": (None,), "attention_bias": (None, False), "attention_dropout": (0,),
+    "hidden_act": ("silu",), "attention_bias": (None, False), "attention_dropout": (0,),
     "partial_rotary_factor": (None, 1.0), "router_jitter_noise": (0,), "rope_interleaved": (None, False),
     "mlp_bias": (None, False), "test": (False,), "layer_types": Every(["full_attention"]),
 }  # fmt: skip

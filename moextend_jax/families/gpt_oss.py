@@ -4,9 +4,10 @@ experts lie in one tensor, an element of each in turn, input axis first."""
 from collections.abc import Mapping
 from typing import Any
 
-from moextend_jax.config import YarnConfig
+from moextend_jax.config import RopeScaling, YarnConfig
 from moextend_jax.families.attributes import OF_ANY_MODEL, Table
 from moextend_jax.families.family import BIASES, PLAIN, SIZES, Family, Fused, Name, decoder, parted
+from moextend_jax.families.rope import rope_attributes
 
 
 def _local(value: Any) -> Any:
@@ -21,24 +22,8 @@ def _layer_types(local: tuple[bool, ...]) -> list[str]:
     return ["sliding_attention" if is_local else "full_attention" for is_local in local]
 
 
-_YARN_FIELDS = {
-    "factor": "factor", "original_max_position_embeddings": "length", "beta_fast": "fast", "beta_slow": "slow",
-    "truncate": "whole",
-}  # fmt: skip
-
-
-def _yarn(value: Any) -> Any:
-    """Of a `rope_scaling` of type yarn."""
-    needed = {"factor", "original_max_position_embeddings"}
-    if not isinstance(value, dict) or not needed <= value.keys() <= {"rope_type", *_YARN_FIELDS}:
-        return value
-    return YarnConfig(**{field: value[name] for name, field in _YARN_FIELDS.items() if name in value})
-
-
-def _rope_scaling(yarn: YarnConfig | None) -> dict[str, Any]:
-    if yarn is None:
-        return {"rope_type": "default"}
-    return {"rope_type": "yarn", **{name: getattr(yarn, field) for name, field in _YARN_FIELDS.items()}}
+def _rope_scaling(scaling: RopeScaling | None) -> dict[str, Any]:
+    return rope_attributes(scaling) if scaling else {"rope_type": "default"}
 
 
 def _refusal(attributes: Mapping[str, Any]) -> str:
@@ -52,7 +37,7 @@ _GATE_UP, _DOWN = (_BLOCK + f"experts.{name}_proj" for name in ("gate_up", "down
 _EXPERTS = "decoder/layers/moe/experts/"
 _SIZES = {
     "vocab_size": 201088, "width": 2880, "hidden": 2880, "heads": 64, "head_size": 64, "top_k": 4, "rope_theta": 1.5e5,
-    "yarn": _yarn({"factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False}),
+    "rope_scaling": YarnConfig(factor=32.0, length=4096, whole=False),
     "local_window": 128,
 }  # fmt: skip
 
@@ -75,17 +60,17 @@ FAMILY = Family(
         sizes=SIZES
         | {
             "intermediate_size": "hidden", "num_local_experts": "experts", "sliding_window": "local_window",
-            "layer_types": "local", "rope_scaling": "yarn", "swiglu_limit": "glu_limit",
+            "layer_types": "local", "swiglu_limit": "glu_limit",
         },
         must_be={name: values for name, values in PLAIN.items()
-                 if name not in ("rope_scaling", "attention_bias", "layer_types")}
+                 if name not in ("attention_bias", "layer_types")}
         | {"attention_bias": (True,), "swiglu_alpha": (1.702,)},
         # What counts in rope_scaling, and another name of num_experts_per_tok.
         harmless=OF_ANY_MODEL | {"initial_context_length", "experts_per_token", "quantization_config"},
         # Not head_dim: the class takes 64 where it is not there, and an even share of the width where it is null.
         optional={"tie_word_embeddings", "swiglu_limit"},
         aliases={"num_experts": "num_local_experts"},
-        ours={"layer_types": _local, "rope_scaling": _yarn},
+        ours={"layer_types": _local},
         theirs={"layer_types": _layer_types, "rope_scaling": _rope_scaling},
     ),
     fields={

@@ -8,7 +8,6 @@ the rest. On a mesh, L is split between the layers and S = L whole within, where
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import NamedTuple, cast
 
@@ -17,9 +16,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from moextend_jax.config import DecoderConfig, YarnConfig
+from moextend_jax.config import DecoderConfig
 from moextend_jax.models import attention_triton, blocked_attention
 from moextend_jax.models.adapters import Adapted, on_attention
+from moextend_jax.models.rope import frequencies
 from moextend_jax.models.weights import used
 from moextend_jax.parameters import constant, weight
 from moextend_jax.sharding import Shards, map_shards, module_shards, platform, shards
@@ -285,27 +285,9 @@ def splash(
 
 
 def rotation(positions_BL: jax.Array, config: DecoderConfig) -> Rotation:
-    size, growth = config.rotary_size, 1.0
-    frequency_h = config.rope_theta ** -(jnp.arange(0, size, 2, dtype=jnp.float32) / size)
-    if config.yarn is not None:
-        frequency_h *= _yarn(config.yarn, size=size, theta=config.rope_theta)
-        growth = 0.1 * math.log(config.yarn.factor) + 1
+    frequency_h, growth = frequencies(config)
     angles_BLh = positions_BL[..., None].astype(jnp.float32) * frequency_h[None, None, :]
     return Rotation(jnp.cos(angles_BLh) * growth, jnp.sin(angles_BLh) * growth)
-
-
-def _yarn(yarn: YarnConfig, *, size: int, theta: float) -> jax.Array:
-    """The factor of each of the h = size/2 frequencies: 1, 1/factor, or a mix of both."""
-
-    def angle_that_turns(times: float) -> float:
-        return size * math.log(yarn.length / (times * 2 * math.pi)) / (2 * math.log(theta))
-
-    low, high = angle_that_turns(yarn.fast), angle_that_turns(yarn.slow)
-    if yarn.whole:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, size - 1)
-    ramp_h = jnp.clip((jnp.arange(size // 2, dtype=jnp.float32) - low) / max(high - low, 1e-3), 0, 1)
-    return 1 - ramp_h + ramp_h / yarn.factor
 
 
 def rotate(x_BLNH: jax.Array, rotation: Rotation) -> jax.Array:
