@@ -28,7 +28,7 @@ from moextend_jax.config import IMAGE, RECIPES, ModelConfig, MoextendError
 from moextend_jax.data.batches import Share
 from moextend_jax.data.tokenizer import Tokenizer, tokenizer_of
 from moextend_jax.data.writing import encoder_of, template_identity
-from moextend_jax.folders import folder, is_url, reading
+from moextend_jax.folders import folder, is_url, reading, written_whole
 from moextend_jax.lock import locked
 from moextend_jax.mesh import Rows, check_rows, make_mesh, own_row_shards, row_shards
 from moextend_jax.models.moextend import abstract
@@ -362,10 +362,8 @@ def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
     """Process 0 writes; when it returns, all processes can read."""
     if distributed.first():
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path if is_url(path) else path.with_suffix(".unfinished")  # a bucket's objects come whole
-        unfinished.write_text(json.dumps(value, indent=indent) + "\n")
-        if unfinished != path:
-            unfinished.rename(path)
+        with written_whole(path) as unfinished:
+            unfinished.write_text(json.dumps(value, indent=indent) + "\n")
     distributed.barrier(f"wrote {path}")
     until = time.monotonic() + 60
     while not is_url(path) and not path.exists() and time.monotonic() < until:
