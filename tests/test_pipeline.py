@@ -24,6 +24,7 @@ from moextend_jax.checkpoints.loading import open_base
 from moextend_jax.config import MoextendError, Named
 from moextend_jax.evaluate.summary import summarise
 from moextend_jax.plan.abstract_step import abstract_step
+from moextend_jax.runs import making
 from moextend_jax.runs.making import FACTS, check_made, seconds_before
 from moextend_jax.runs.models_of import frozen_unchanged, leaves_of, model_with, open_model
 from moextend_jax.runs.results import FIRST
@@ -316,6 +317,24 @@ def unopened(workdir: Path, **changes: Any) -> Run:
     return Run(
         settings=settings, workdir=workdir, config=tiny.PLAIN, tokenizer=none, pretrained={}, base_hash="", mesh=none
     )  # fmt: skip
+
+
+def test_layers_that_were_chosen_by_other_rows_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """By `moextend finetune` or `evaluate` on other data than the probe's, which may be meant; `run` refuses it."""
+    (tmp_path / "select").mkdir()
+    (tmp_path / "select" / "routing.json").touch()
+    monkeypatch.setattr(train_state, "result_facts", lambda folder: None if folder.parent.name == "select" else {})
+    monkeypatch.setattr(Run, "facts_of", lambda *_, **__: {})
+    monkeypatch.setattr(making, "selection_of", lambda *_: {"facts": {"rows": {"data": "a"}}})
+    monkeypatch.setitem(making.FACTS, "select", lambda *_: {"rows": now})
+    now = {"data": "a"}
+    check_made(unopened(tmp_path))
+    assert not capsys.readouterr().err
+    now["data"] = "b"
+    check_made(unopened(tmp_path))
+    assert "select was made from other rows: rows.data: 'a' there, 'b' now\n" in capsys.readouterr().err
+    with pytest.raises(MoextendError, match="rows.data"):
+        check_made(unopened(tmp_path), ["select"])
 
 
 def test_numbers_of_other_settings_do_not_stay_beside_the_new_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
