@@ -18,6 +18,7 @@ from rich.console import Console
 from moextend_jax.commands import run_and_start
 from moextend_jax.config import MoextendError
 from moextend_jax.configurations import load
+from moextend_jax.continual import COMMON
 from moextend_jax.evaluate.chains import score_matrix
 from moextend_jax.parsing import with_words
 from moextend_jax.report.canvas import canvas
@@ -121,13 +122,16 @@ def test_what_a_rival_s_run_lacks_is_shared_from_another(tmp_path: Path):
 
 def test_a_stage_that_was_cut_off_is_not_shared(tmp_path: Path):
     """Two runs would go on with the same checkpoints and lines of metrics."""
-    points = {"b": ("grow.column=zero",), "c": ("grow.column=mean",)}
-    (tmp_path / "c/seed_0/align").mkdir(parents=True)
-    (tmp_path / "c/seed_0/align/cut_off").touch()
-    share(tmp_path / "c/seed_0", tmp_path / "other", ["align"])
-    assert not (tmp_path / "other").exists()
-    run_study(of(points, (0,)), tmp_path, run=made_up([]))
-    assert not (tmp_path / "b/seed_0/align/cut_off").exists()
+    made, other = tmp_path / "c/seed_0", tmp_path / "other"
+    for name in COMMON:
+        (made / name / "checkpoints" / "1").mkdir(parents=True)
+    share(made, other, COMMON)
+    assert not other.exists()
+    run_study(of({"b": ("grow.column=zero",), "c": ("grow.column=mean",)}, (0,)), tmp_path, run=made_up([]))
+    assert not (tmp_path / "b/seed_0/align/checkpoints").exists()
+    (made / "grow" / "result" / "1").mkdir(parents=True)  # the others have been finished by the study
+    share(made, other, COMMON)
+    assert {path.name for path in other.iterdir()} == {*COMMON, "features"} > {"align", "select", "grow"}
 
 
 def test_names_of_dots_in_one_place_stand_apart():
