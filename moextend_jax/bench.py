@@ -232,6 +232,8 @@ def _parts(steps: Steps) -> dict[str, float]:
     B, L = batch.ids_BL.shape
     turns = rotation(batch.positions_BL, decoder)
     x_BLD = jax.random.normal(jax.random.key(0), (B, L, decoder.width), model.config.dtype)
+    tower = steps.config.media[IMAGE].tower
+    features_BPC = jax.random.normal(jax.random.key(0), (B, tower.patches, tower.width))  # a batch may have pixels
 
     def attended(x_BLD):
         return layer.attention(x_BLD, turns, Visible.in_rows(batch.segments_BL), is_local=is_local)[0]
@@ -258,7 +260,7 @@ def _parts(steps: Steps) -> dict[str, float]:
     return {
         "attention": decoder.layers * both_ways(attended, x_BLD),
         "mixture of experts": len(decoder.routed) * both_ways(mixed, x_BLD),
-        "projector": both_ways(model.media[IMAGE].projector, batch.features[IMAGE][:, 0]),
+        "projector": both_ways(model.media[IMAGE].projector, features_BPC),
         "cross_entropy": both_ways(nats, x_BLD),
         "optimizer": _seconds(Program(updated, mesh=mesh), trainable),
     }

@@ -154,8 +154,9 @@ def evaluate(options: RunOptions) -> None:
         raise MoextendError("evaluate does not train; leave --resume_from out")
     with working(options.config, options.workdir, rows=evaluation_rows(options.config)) as run:
         check_made(run)
-        print_table(summarise(run, evaluation.evaluate(run), total_seconds=None), console())
+        evaluated = evaluation.evaluate(run)
         remember(run, made=[])
+        print_table(summarise(run, evaluated, total_seconds=None), console())
 
 
 def _show(run: Any, name: str) -> None:

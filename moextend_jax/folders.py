@@ -77,6 +77,22 @@ def _copied(url: str, names: tuple[str, ...]) -> Path:
     return here
 
 
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A path to write a file to, which then takes the name `path`: whatever stops the process, all of the file is there
+    or the one before it. In a bucket, where an object appears whole, it is `path` itself."""
+    if is_url(path):
+        yield path
+        return
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    except BaseException:  # a full disk, or Ctrl-C
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
 # --- files in buckets -------------------------------------------------------------------------------------------------
 
 

@@ -804,6 +804,11 @@ GOES_WITH: Mapping[type, Mapping[str, tuple[str, tuple[str, ...]]]] = {
     | dict.fromkeys(("rank", "alpha", "attention", "experts", "router"), ("name", _RANKED))
     | dict.fromkeys(("lora_experts", "gating", "balance"), ("name", ("mole",)))
     | dict.fromkeys(("top_k", "tau", "threshold"), ("name", ("moram",))),
+    ProjectorSettings: {"neighbours": ("kind", ("pool", "stack")), "inner": ("kind", ("weave",))}
+    | dict.fromkeys(("queries", "layers", "heads", "cross_every"), ("kind", ("resampler",)))
+    | dict.fromkeys(("rank", "trunk"), ("kind", tuple(TRUNKS))),
+    MediumSettings: {"seconds": ("kind", ("audio",)), "tower": ("kind", ("audio", "image", "video"))}
+    | dict.fromkeys(("frames", "join"), ("kind", ("video",))),
 }
 """TABLE of settings that work with some values of another alone: by class and field, that field and these values."""
 

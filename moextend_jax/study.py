@@ -26,7 +26,7 @@ from moextend_jax.outside import read_object
 from moextend_jax.parsing import with_words
 from moextend_jax.runs.data_of import data_dir_of
 from moextend_jax.runs.run import as_json, cpu_devices, write_json
-from moextend_jax.runs.sharing import share
+from moextend_jax.runs.sharing import finished, share
 from moextend_jax.settings import RunSettings
 from moextend_jax.terminal import console, table_of
 
@@ -160,7 +160,7 @@ def _summary(
         there = workdir / other / folder.name
         if other != name and _early(settings) == _early(own):
             early = ("align", "extend", *(["select"] * (settings.select == own.select)))
-            made[there] = [stage for stage in early if (there / stage).exists()]
+            made[there] = [stage for stage in early if finished(there, stage)]
     if made:  # of the one with most: a rival method's has `align` alone
         most = max(made, key=lambda there: len(made[there]))
         share(most, folder, made[most])

@@ -42,7 +42,7 @@ def settings(tmp_path: Path) -> RunSettings:
 @pytest.mark.slow
 def test_finetune_is_measured_whole_and_by_parts(settings: RunSettings, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(bench, "STEPS", 1)
-    row = bench.measure(settings, stage="finetune", labels="answers")
+    row = bench.measure(settings, stage="finetune", labels="answers", pixels=True)
     # One layer of two is extended: three matrices, a router column, a calibrator of width 16 over 9 outputs.
     assert row["trained_parameters"] == 3 * 16 * 8 + 16 + 2 * 16 * 9
     assert row["tokens_per_second"] == pytest.approx(160 / row["seconds_per_step"])

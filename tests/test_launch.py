@@ -168,16 +168,17 @@ def test_tpu_pod_life(noted):
     assert archived[0] == "git" and copied[4] == "scp" and unpacked[4] == "ssh"
 
 
-@pytest.mark.parametrize("with_uv", [False, True])
-def test_a_tpu_host_with_python_3_10_alone_takes_uv(noted, tmp_path: Path, with_uv: bool):
+@pytest.mark.parametrize("version, with_uv", [((3, 10, 12), False), ((3, 14, 0), True)])
+def test_a_tpu_host_whose_python_is_too_old_or_too_new_takes_uv(noted, tmp_path: Path, version, with_uv: bool):
     script = tmp_path / "launch" / "tpu_setup.sh"
     script.parent.mkdir()
     shutil.copy(LAUNCH / "tpu_setup.sh", script)
     home, host = tmp_path / "home" / ".local" / "bin", tmp_path / "host"
     uv = noted.add("uv", at=home if with_uv else tmp_path)
     python = noted.add("python3 of the host")
-    # Asked for its version it says that it is too old; asked for uv it brings it.
-    noted.add("python3", at=host, text=f'#!/bin/sh\n[ "$1" != -c ] || exit 1\n"{python}" "$@"\nmv "{uv}" "{home}"\n')
+    # Asked for its version it says another one; asked for uv it brings it.
+    says = f'exec "{sys.executable}" -c "import sys; sys.version_info = {version}; $2"'
+    noted.add("python3", at=host, text=f'#!/bin/sh\n[ "$1" != -c ] || {says}\n"{python}" "$@"\nmv "{uv}" "{home}"\n')
     for name in ("dirname", "mv"):
         (host / name).symlink_to(str(shutil.which(name)))
     pip = noted.add("pip")

@@ -10,6 +10,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,11 +24,12 @@ from moextend_jax.checkpoints.loading import open_base
 from moextend_jax.config import MoextendError, Named
 from moextend_jax.evaluate.summary import summarise
 from moextend_jax.plan.abstract_step import abstract_step
+from moextend_jax.runs import making
 from moextend_jax.runs.making import FACTS, check_made, seconds_before
 from moextend_jax.runs.models_of import frozen_unchanged, leaves_of, model_with, open_model
 from moextend_jax.runs.results import FIRST
 from moextend_jax.runs.run import Run, open_run, remember, settings_of, write_json
-from moextend_jax.settings import from_config_dict
+from moextend_jax.settings import MediumSettings, from_config_dict
 from moextend_jax.train.metrics import read_metrics
 from moextend_jax.train.stages import split
 
@@ -306,6 +308,65 @@ def test_what_a_command_does_not_train_keeps_its_settings(finished, tmp_path):
     write_json(run.workdir / "config.json", {"settings": {"bass": 1}})  # of another version
     remember(run, made=[])
     assert settings_of(run.workdir) == run.settings
+
+
+def unopened(workdir: Path, **changes: Any) -> Run:
+    """A run of which nothing has been read."""
+    none: Any = None
+    settings = dataclasses.replace(tiny.run_settings(), **changes)
+    return Run(
+        settings=settings, workdir=workdir, config=tiny.PLAIN, tokenizer=none, pretrained={}, base_hash="", mesh=none
+    )  # fmt: skip
+
+
+def test_layers_that_were_chosen_by_other_rows_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """By `moextend finetune` or `evaluate` on other data than the probe's, which may be meant; `run` refuses it."""
+    (tmp_path / "select").mkdir()
+    (tmp_path / "select" / "routing.json").touch()
+    monkeypatch.setattr(train_state, "result_facts", lambda folder: None if folder.parent.name == "select" else {})
+    monkeypatch.setattr(Run, "facts_of", lambda *_, **__: {})
+    monkeypatch.setattr(making, "selection_of", lambda *_: {"facts": {"rows": {"data": "a"}}})
+    monkeypatch.setitem(making.FACTS, "select", lambda *_: {"rows": now})
+    now = {"data": "a"}
+    check_made(unopened(tmp_path))
+    assert not capsys.readouterr().err
+    now["data"] = "b"
+    check_made(unopened(tmp_path))
+    assert "select was made from other rows: rows.data: 'a' there, 'b' now\n" in capsys.readouterr().err
+    with pytest.raises(MoextendError, match="rows.data"):
+        check_made(unopened(tmp_path), ["select"])
+
+
+def test_numbers_of_other_settings_do_not_stay_beside_the_new_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """As they did where a run was cut off between a stage and its summary."""
+    remember(unopened(tmp_path))
+    write_json(tmp_path / "summary.json", {"data": "old"})
+    remember(unopened(tmp_path))
+    remember(unopened(tmp_path), made=["align"])
+    assert (tmp_path / "summary.json").exists() and not capsys.readouterr().err
+    remember(unopened(tmp_path, rollbacks=1), made=["align"])
+    assert not (tmp_path / "summary.json").exists() and "summary.json is of other settings" in capsys.readouterr().err
+    assert json.loads((tmp_path / "summary_before.json").read_text()) == {"data": "old"}
+
+
+def test_folders_of_a_run_are_found_from_another_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    media = {"film": MediumSettings(kind="video", tower="clip")}
+    named = {"base": "models/base", "vision": "none", "images": "", "manual_dir": "gs://b/LLAVA", "media": media}
+    run = unopened(tmp_path / "work", medium="", **named)
+    remember(run)
+    known = settings_of(run.workdir)
+    assert known is not None and known.media["film"].tower == str(tmp_path / "clip")
+    assert {**named, "base": str(tmp_path / "models/base"), "media": known.media} == {
+        field: getattr(known, field) for field in named
+    }
+    # In a work directory from before they are as they were given: still the same settings.
+    record = json.loads((run.workdir / "config.json").read_text())
+    record["settings"]["base"] = "models/base"
+    write_json(run.workdir / "config.json", record)
+    write_json(run.workdir / "summary.json", {})
+    remember(run)
+    assert (run.workdir / "summary.json").exists()
 
 
 def run_selection(finished) -> tuple[int, int]:

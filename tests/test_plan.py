@@ -601,6 +601,18 @@ def test_a_sweep_counts_what_is_saved_only_where_there_is_a_backward_pass(small:
     assert least("second_half") * 2 == least("all") > 0
 
 
+def test_a_sweep_counts_gathered_weights_only_where_they_are_split(small: RunSettings):
+    """With all of the weights on a chip nothing is gathered."""
+    place, frozen = topology.parse("v5p:2x1x1"), 1 << 20
+
+    def least(fsdp: int, frozen: int) -> int:
+        mesh = jax.sharding.AbstractMesh((1, fsdp, 1, 1), ("data", "fsdp", "expert", "tensor"))
+        of_mesh = sweep.MeshBytes(typing.cast(typing.Any, mesh), 0, frozen)
+        return sweep.estimate(small, of_mesh, stage="finetune", place=place).least_bytes
+
+    assert least(1, frozen) == least(1, 0) and least(2, frozen) > least(2, 0)
+
+
 def test_a_sweep_tries_only_what_divides(small: RunSettings):
     place = topology.parse("v5p:2x2x1")
     found = list(sweep.choices(small, stage="finetune", place=place))

@@ -479,6 +479,15 @@ def test_a_chain_before_and_after_its_second_extension(grown, tmp_path: Path, ca
     assert run("plot", tmp_path / "image.npz", tmp_path / "sound.npz", "--out", tmp_path / "drawn") == 0
 
 
+def test_an_extension_has_the_layers_that_the_model_before_it_has(pair, grown, tmp_path: Path):
+    """As many layers of other numbers are another model's."""
+    later = grown._replace(layers_Z=1 + np.arange(len(grown.has_ZO)))
+    for name, stats in (("aligned", pair[0]), ("later", later)):
+        statistics.write_stats(tmp_path / f"{name}.npz", stats)
+    with pytest.raises(MoextendError, match="not of the same sizes: numbers of layers"):
+        run("compare", tmp_path / "aligned.npz", tmp_path / "later.npz")
+
+
 @pytest.mark.slow
 def test_before_and_after_extension_are_drawn(pair, grown, tmp_path: Path):
     statistics.write_stats(tmp_path / "aligned.npz", pair[0])

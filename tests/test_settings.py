@@ -318,6 +318,20 @@ def test_of_pictures_a_medium_sets_the_projector_alone(change: dict[str, Any]):
         dataclasses.replace(settings(), media={"image": MediumSettings(**change)}, extensions={})
 
 
+def test_sizes_of_another_projector_or_kind_of_medium_have_no_effect():
+    """A crema has those of its trunk, a resampler."""
+    odd = ProjectorSettings(kind="crema", neighbours=2, queries=4, rank=4)
+    media = {
+        "film": MediumSettings(kind="video", frames=4, projector=odd),
+        "touch": MediumSettings(tower="x", seconds=3),
+    }
+    found = [line.partition(" has")[0] for line in without_effect(dataclasses.replace(settings(), media=media))]
+    assert found == ["media.film.projector.neighbours", "media.film.projector.queries"]
+    media["touch"] = MediumSettings(kind="features", width=2, patches=3, tower="x", seconds=3, frames=4, join="mean")
+    found = [line.partition(" has")[0] for line in without_effect(dataclasses.replace(settings(), media=media))]
+    assert found[2:] == [f"media.touch.{name}" for name in ("tower", "seconds", "frames", "join")]
+
+
 def test_settings_that_have_no_effect_are_named_with_what_they_go_with():
     plain = settings()
     assert not [*without_effect(plain)]

@@ -18,10 +18,12 @@ from rich.console import Console
 from moextend_jax.commands import run_and_start
 from moextend_jax.config import MoextendError
 from moextend_jax.configurations import load
+from moextend_jax.continual import COMMON
 from moextend_jax.evaluate.chains import score_matrix
 from moextend_jax.parsing import with_words
 from moextend_jax.report.canvas import canvas
 from moextend_jax.report.study import AGAINST, _panel
+from moextend_jax.runs.sharing import share
 from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings, StudySettings, from_config_dict
 from moextend_jax.study import FIGURES, Estimate, estimate, run_study, study_table
 
@@ -61,6 +63,7 @@ def made_up(calls: list[tuple[RunSettings, Path]], *, dies_at: int | None = None
         for stage in ("align", "extend", "select") if settings.method.name == "moextend" else ("align",):
             (workdir / stage).mkdir(parents=True, exist_ok=True)
             (workdir / stage / "made").touch()
+            (workdir / stage / ("routing.json" if stage == "select" else "stage.json")).touch()
         (workdir / "config.json").write_text(json.dumps({"settings": dataclasses.asdict(settings)}))
         (workdir / "summary.json").write_text(json.dumps(summary))
         return summary
@@ -115,6 +118,20 @@ def test_what_a_rival_s_run_lacks_is_shared_from_another(tmp_path: Path):
     run_study(of(points, (0,)), tmp_path, run=made_up([]))
     links = {stage: (tmp_path / "c/seed_0" / stage / "made").stat().st_nlink for stage in ("align", "extend", "select")}
     assert links == {"align": 3, "extend": 2, "select": 2}
+
+
+def test_a_stage_that_was_cut_off_is_not_shared(tmp_path: Path):
+    """Two runs would go on with the same checkpoints and lines of metrics."""
+    made, other = tmp_path / "c/seed_0", tmp_path / "other"
+    for name in COMMON:
+        (made / name / "checkpoints" / "1").mkdir(parents=True)
+    share(made, other, COMMON)
+    assert not other.exists()
+    run_study(of({"b": ("grow.column=zero",), "c": ("grow.column=mean",)}, (0,)), tmp_path, run=made_up([]))
+    assert not (tmp_path / "b/seed_0/align/checkpoints").exists()
+    (made / "grow" / "result" / "1").mkdir(parents=True)  # the others have been finished by the study
+    share(made, other, COMMON)
+    assert {path.name for path in other.iterdir()} == {*COMMON, "features"} > {"align", "select", "grow"}
 
 
 def test_names_of_dots_in_one_place_stand_apart():

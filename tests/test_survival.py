@@ -348,6 +348,19 @@ def test_a_full_disk_does_not_end_a_run_for_a_bad_batch(tmp_path: Path, monkeypa
     assert f"the batch of step 3 is not written: {error}" in capsys.readouterr().err
 
 
+def test_a_bad_batch_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def stopped(file: Any, **_: Any):
+        file.write(b"PK")
+        raise KeyboardInterrupt
+
+    watch = Watch(tmp_path, most=1, name_of=str)
+    watch.note(1, Rows().made[0], {"finite": False, "loss": 0.0, "grad_norm": 0.0})
+    monkeypatch.setattr(np, "savez", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        watch.check()
+    assert not [*tmp_path.iterdir()]
+
+
 # --- being told to stop -----------------------------------------------------------------------------------------------
 
 

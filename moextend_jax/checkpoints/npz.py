@@ -15,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 
 from moextend_jax.config import MoextendError
-from moextend_jax.folders import local
+from moextend_jax.folders import local, written_whole
 from moextend_jax.outside import npy_header, plain_file, said_by, short
 
 FREE, TIMES = 64 << 20, 100
@@ -28,14 +28,8 @@ _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes a compressed file, whole or not at all; a name without .npz stays as it is."""
     local(path, what="an npz file").parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    try:
-        with unfinished.open("wb") as file:
-            np.savez_compressed(file, **cast(Any, arrays))
-        unfinished.rename(path)
-    except BaseException:  # a full disk, or Ctrl-C
-        unfinished.unlink(missing_ok=True)
-        raise
+    with written_whole(path) as unfinished, unfinished.open("wb") as file:
+        np.savez_compressed(file, **cast(Any, arrays))
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:

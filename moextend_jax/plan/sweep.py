@@ -147,8 +147,9 @@ def estimate(settings: RunSettings, mesh_bytes: MeshBytes, *, stage: str, place:
     )
     compute = flops.total / place.chips / place.chip.flops
     sent = run.accumulate * _sent(config, mesh_bytes, tokens)
-    # While a layer computes, its own weights and the next one's are gathered.
-    gathered = 2 * mesh_bytes.frozen * mesh_bytes.mesh.shape["fsdp"] // config.decoder.layers
+    # While a layer computes, its own weights and the next one's are gathered; where nothing is split they lie there.
+    fsdp = mesh_bytes.mesh.shape["fsdp"]
+    gathered = 2 * mesh_bytes.frozen * fsdp // config.decoder.layers if fsdp > 1 else 0
     saving = config.decoder.layers - config.lowest_trained(patterns(settings, stage=stage))
     least = mesh_bytes.arguments + gathered + saving * _saved(config, tokens, mesh_bytes.mesh)
     return Candidate(settings, run.accumulate, least, max(compute, sent / (2 * place.chip.link)))

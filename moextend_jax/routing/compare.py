@@ -71,7 +71,7 @@ class Taken(NamedTuple):
 
 def is_extension_of(a: Stats, b: Stats) -> bool:
     """Whether `b` has the experts that `a` has, and a further extension's behind them."""
-    alike = (a.experts, a.top_k) == (b.experts, b.top_k) and a.columns < b.columns
+    alike = (a.experts, a.top_k, a.layers) == (b.experts, b.top_k, b.layers) and a.columns < b.columns
     return alike and np.array_equal(a.has_ZO, b.has_ZO[:, : a.columns])
 
 

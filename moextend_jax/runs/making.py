@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from moextend_jax import preemption
+from moextend_jax import distributed, preemption
 from moextend_jax.checkpoints import train_state
 from moextend_jax.checkpoints.hashes import content_hash
 from moextend_jax.config import IMAGE, ModelConfig, MoextendError, with_extension
@@ -102,8 +103,10 @@ def check_made(run: Run, names: Iterable[str] = ()) -> None:
                 recorded[name] = selection_of(run, row.extension).get("facts")
         if (before := recorded[name]) is not None and made.issuperset(row.parents):
             facts = FACTS[row.how](run, name) if name in names else run.facts_of(name, **facts_of_added(run, name))
-            if name not in asked:  # then its rows are not read again, and those of other stages may be others
-                before, facts = ({key: of for key, of in some.items() if key != "rows"} for some in (before, facts))
+            # Rows of what is not asked for are not read again: other stages may have others, but not unnoticed.
+            now = {} if name in asked or "rows" not in facts else {"rows": facts.pop("rows")}
+            if (wrong := train_state.differing(before, now)) and distributed.first():
+                print(f"moextend: {run.folder(name)} was made from other rows: {'; '.join(wrong)}", file=sys.stderr)
             train_state.check_facts(before, facts, where=run.folder(name))
 
 

@@ -28,7 +28,7 @@ from moextend_jax.config import IMAGE, RECIPES, ModelConfig, MoextendError
 from moextend_jax.data.batches import Share
 from moextend_jax.data.tokenizer import Tokenizer, tokenizer_of
 from moextend_jax.data.writing import encoder_of, template_identity
-from moextend_jax.folders import folder, is_url, reading
+from moextend_jax.folders import folder, is_url, reading, written_whole
 from moextend_jax.lock import locked
 from moextend_jax.mesh import Rows, check_rows, make_mesh, own_row_shards, row_shards
 from moextend_jax.models.moextend import abstract
@@ -290,7 +290,8 @@ def not_run(workdir: Path, name: str) -> MoextendError:
 
 
 def remember(run: Run, *, made: Collection[str] | None = None) -> None:
-    """Keeps the settings in WORKDIR/config.json, for the report and for `generate`.
+    """Keeps the settings in WORKDIR/config.json, for the report and for `generate`. A summary.json of other settings
+    becomes summary_before.json.
 
     Only what worked is worth remembering: call it after a command, so that a refused one changes nothing.
 
@@ -298,14 +299,17 @@ def remember(run: Run, *, made: Collection[str] | None = None) -> None:
       made: results that the command made, None: all. Stages of others that are there keep the settings that they were
         trained with: a command that does not train them may be given other ones.
     """
-    settings, known = run.settings, None
-    if made is not None:
-        with contextlib.suppress(MoextendError):  # of another version, or damaged: it is written anew
-            known = settings_of(run.workdir)
-    if known is not None:
+    settings, known = found_anywhere(run.settings), None
+    with contextlib.suppress(MoextendError):  # of another version, or damaged: it is written anew
+        known = settings_of(run.workdir)
+    if known is not None and made is not None:
         there = [name for name in results.table(settings).training() if (run.folder(name) / "stage.json").exists()]
         trained = {name for name in there if name in results.table(known).results}.difference(made or ())
         settings = results.with_stages(settings, {name: results.stage_of(known, name) for name in trained})
+    changed, summary = known is None or found_anywhere(known) != settings, run.workdir / "summary.json"
+    if changed and distributed.first() and summary.exists():
+        summary.replace(summary.with_name("summary_before.json"))
+        print(f"moextend: {summary} is of other settings: it is summary_before.json now", file=sys.stderr)
     packages = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tensorflow-datasets", "numpy")
     record = {
         "settings": as_json(dataclasses.asdict(settings)),
@@ -317,6 +321,19 @@ def remember(run: Run, *, made: Collection[str] | None = None) -> None:
         "devices": [str(device.device_kind) for device in jax.devices()],
     }
     write_json(run.workdir / "config.json", record)
+
+
+def found_anywhere(settings: RunSettings) -> RunSettings:
+    """The settings with the folders by their whole paths: a later command may be started in another folder."""
+
+    def whole(name: str) -> str:
+        return name if name in ("", "none", "embedded") or is_url(name) else os.path.abspath(os.path.expanduser(name))
+
+    folders = {
+        field: whole(getattr(settings, field)) for field in ("base", "vision", "data_dir", "manual_dir", "images")
+    }
+    media = {name: dataclasses.replace(of, tower=whole(of.tower)) for name, of in settings.media.items()}
+    return dataclasses.replace(settings, media=media, **folders)
 
 
 def remembered(workdir: Path) -> dict[str, Any]:
@@ -362,10 +379,8 @@ def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
     """Process 0 writes; when it returns, all processes can read."""
     if distributed.first():
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path if is_url(path) else path.with_suffix(".unfinished")  # a bucket's objects come whole
-        unfinished.write_text(json.dumps(value, indent=indent) + "\n")
-        if unfinished != path:
-            unfinished.rename(path)
+        with written_whole(path) as unfinished:
+            unfinished.write_text(json.dumps(value, indent=indent) + "\n")
     distributed.barrier(f"wrote {path}")
     until = time.monotonic() + 60
     while not is_url(path) and not path.exists() and time.monotonic() < until:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from moextend_jax.config import MoextendError
-from moextend_jax.folders import is_url
+from moextend_jax.folders import is_url, written_whole
 from moextend_jax.outside import said_by
 from moextend_jax.terminal import as_json
 from moextend_jax.train.sinks import IDS, SINKS, open_sinks, scalars
@@ -168,6 +168,5 @@ def _drop_after(path: Path, *, step: int) -> None:
     if not path.exists():
         return
     lines = "".join(json.dumps(row) + "\n" for row in read_metrics(path) if row["step"] <= step)
-    partial = path.with_suffix(".partial")
-    partial.write_text(lines, encoding="utf-8")
-    os.replace(partial, path)  # never a moment in which the older lines exist nowhere
+    with written_whole(path) as unfinished:
+        unfinished.write_text(lines, encoding="utf-8")

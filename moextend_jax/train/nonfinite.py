@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from moextend_jax.config import Batch
+from moextend_jax.folders import written_whole
 
 
 class Seen(NamedTuple):
@@ -63,7 +64,7 @@ class Watch:
         name = f"step_{seen.step:07d}-process_{jax.process_index()}" + (f"-back_{self._back}" if self._back else "")
         leaves = jax.tree_util.tree_leaves_with_path(seen.batch)
         arrays = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-        with (self.folder / f"{name}.npz").open("wb") as file:
+        with written_whole(self.folder / f"{name}.npz") as unfinished, unfinished.open("wb") as file:
             np.savez(file, **arrays)
         rows = [] if seen.batch.examples_Bg is None else np.unique(seen.batch.examples_Bg)
         record = {
@@ -73,7 +74,8 @@ class Watch:
             "grad_norm": repr(float(seen.metrics["grad_norm"])),
             "examples": [self.name_of(int(row)) for row in rows if row >= 0],
         }
-        (self.folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+        with written_whole(self.folder / f"{name}.json") as unfinished:
+            unfinished.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def read_batch(path: Path) -> Batch:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from flax.traverse_util import flatten_dict
 
 from moextend_jax.config import MoextendError
-from moextend_jax.folders import extra_hint, is_url
+from moextend_jax.folders import extra_hint, is_url, written_whole
 from moextend_jax.outside import said_by
 
 IDS = "sinks.json"
@@ -195,7 +195,6 @@ def _run_id(folder: Path, kind: str, resume_step: int, create: Callable[[], str]
         ids = json.loads(path.read_text()) if path.exists() else {}
     if resume_step == 0 or kind not in ids:
         ids[kind] = create()
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(ids) + "\n")
-        os.replace(partial, path)  # never half a file
+        with written_whole(path) as unfinished:
+            unfinished.write_text(json.dumps(ids) + "\n")
     return ids[kind]
