@@ -86,8 +86,8 @@ def dumps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Dump]:
         dumped[name].folder.mkdir()
         ids_BL = rng.integers(3, 58, mask.shape)  # behind these are tags of pictures
         if name != "no_ids":
-            array = "ids" if name == "not_ids" else "input_ids"
-            np.savez(dumped[name].folder / "ids.npz", **{array: ids_BL, "attention_mask": mask})
+            arrays: dict[str, Any] = {"ids" if name == "not_ids" else "input_ids": ids_BL, "attention_mask": mask}
+            np.savez(dumped[name].folder / "ids.npz", **arrays)
         at = {option: str(dumped[name].folder / file) for option, file in FILES.items()}
         trust = [] if name == "own_code" else ["--trust_remote_code"]
         files = [word for pair in at.items() for word in pair]
