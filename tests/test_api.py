@@ -192,6 +192,8 @@ def test_messages_are_a_conversation(model: mx.Model, picture: Path):
         ([{"role": "bot", "content": "Hi"}], "role 'bot' is none of system, user, assistant"),
         ([{"role": "user", "content": [{"type": "sound"}]}], "content is neither"),
         ([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], "roles must alternate"),
+        ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "the last turn must be the user's"),
+        ([], "the last turn must be the user's"),
     ):
         with pytest.raises(mx.MoextendError, match=message):
             model.chat(wrong)

@@ -354,6 +354,7 @@ def test_a_mistake_ends_the_answer_and_not_the_chat(trained: Askable, run: Run, 
     text = talk(trained, "<image> which?", "Hello")
     assert "1 <image> marks in the questions but 0 images" in text and heard == ["0: Hello"]
     assert "cannot see: choose another --model of the run" in talk(askable(run, "base"), "/image some.png")
+    assert talk(trained, "/image", "/show", "/show image ") == 3 * f"{chat.HELP}\n"
 
 
 def test_an_answer_that_spells_a_mark_is_remembered_without_it(trained: Askable, monkeypatch: pytest.MonkeyPatch):

@@ -157,6 +157,13 @@ def test_another_checkpoint_is_named_as_the_mistake(derived, text: Path, capsys)
         ({"images": {"train0/image_index": np.array([0, 1])}}, "4 image start tags but 2 images"),
         ({"batches": {"train0/labels": np.zeros((1, 2), int)}}, r"must be \[B, L\] alike"),
         ({"spec": {"image_start_id": 101}}, "no image end tag"),
+        (
+            {
+                "spec": {"image_start_id": 2},
+                "arrays": {"train0/logits": np.zeros(1), "train0/pixel_values": np.zeros(1)},
+            },
+            "has pixel_values, but no image start tag says where they stand; id 2",
+        ),
     ],
 )
 def test_a_broken_reference_is_an_error_that_says_what(derived, tmp_path: Path, change: dict[str, Any], message: str):

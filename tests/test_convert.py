@@ -346,7 +346,7 @@ def test_a_mistake_is_named_before_anything_is_written(tmp_path: Path, mistake: 
         (["{src}", "{dst}", "--dtype", "int8"], "int8"),
         (["{src}", "{dst}", "--base", "nowhere"], "nowhere"),
         (["{src}", "{src}"], "exists already"),
-        (["nowhere", "{dst}"], "nowhere does not exist"),
+        (["nowhere", "{dst}"], "nowhere does not exist in /.*: give the folder"),
         (["{src}", "{dst}", "--vision", "{src}"], "holds no vision tower"),
         (["{src}", "{dst}", "--projector", "{src}"], "holds no projector"),
     ],

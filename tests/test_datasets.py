@@ -293,11 +293,13 @@ def test_hold_out_is_a_random_partition(tmp_path):
             hold_out(source, samples=samples, seed=0)
 
 
-def test_text_is_one_passage_per_line(tmp_path):
+def test_text_is_one_passage_per_line(tmp_path, monkeypatch):
     (tmp_path / "text").write_text("one café\n\n two\u2028same \n", encoding="utf-8")
     assert open_text(tmp_path / "text") == ["one café", "two\u2028same"]
     (tmp_path / "marked").write_text("one\n", encoding="utf-8-sig")  # as Notepad and Excel write it
     assert open_text(tmp_path / "marked") == ["one"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert open_text("~/marked") == ["one"]  # a shell leaves the ~ of --text=~/marked
     (tmp_path / "empty").write_text("\n \n")
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     for name, message in [("none", "cannot read"), ("empty", "no passages"), ("latin", "cannot read")]:

@@ -72,6 +72,7 @@ def dumps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Dump]:
         **{chain: (folder / chain, []) for chain in (*CHAINS, "mixtral-starts")},
         "own_code": (folder / "own_code", []),
         "no_ids": (folder / "model", []),
+        "not_ids": (folder / "nowhere", []),
     }
     for chain in (*CHAINS, "mixtral-starts"):
         test_export_families.export(chain, folder / chain)
@@ -85,13 +86,14 @@ def dumps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Dump]:
         dumped[name].folder.mkdir()
         ids_BL = rng.integers(3, 58, mask.shape)  # behind these are tags of pictures
         if name != "no_ids":
-            np.savez(dumped[name].folder / "ids.npz", input_ids=ids_BL, attention_mask=mask)
+            arrays: dict[str, Any] = {"ids" if name == "not_ids" else "input_ids": ids_BL, "attention_mask": mask}
+            np.savez(dumped[name].folder / "ids.npz", **arrays)
         at = {option: str(dumped[name].folder / file) for option, file in FILES.items()}
         trust = [] if name == "own_code" else ["--trust_remote_code"]
         files = [word for pair in at.items() for word in pair]
         words.append([str(checkpoint), *files, "--batch_size", "2", *trust])
     for name, message in zip(dumped, messages_of_tool(words), strict=True):
-        assert bool(message) == (name in ("nan", "own_code", "no_ids", "mixtral-starts")), message
+        assert bool(message) == (name in ("nan", "own_code", "no_ids", "not_ids", "mixtral-starts")), message
         (dumped[name].folder / "message").write_text(message)
     return dumped
 
@@ -286,6 +288,8 @@ def test_a_router_that_has_become_nan_is_named_and_nothing_is_written(dumps: dic
 def test_what_the_tool_needs_besides_is_one_line(dumps: dict[str, Dump]):
     assert "--trust_remote_code runs" in (dumps["own_code"].folder / "message").read_text()
     assert "ids.npz does not exist; moextend" in (dumps["no_ids"].folder / "message").read_text()
+    # Said before the model is looked for, since reading a large one takes minutes.
+    assert "holds no input_ids, but attention_mask, ids" in (dumps["not_ids"].folder / "message").read_text()
     assert "an extension adds experts beside" in (dumps["mixtral-starts"].folder / "message").read_text()
 
 

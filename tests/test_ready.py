@@ -180,7 +180,7 @@ def test_all_that_stands_in_the_way_is_said_before_anything_is_written(llava, tm
     ("change", "said"),
     [
         (lambda n, row: row | {"image": []} | turns("which?", "this"), "align trains the projector"),
-        (lambda n, row: row | {"image": "one.png"}, "share pictures, so none can be held out unseen"),
+        (lambda n, row: row | {"image": "one.png"}, "share pictures or say the same, so none can be held out unseen"),
         (
             lambda n, row: row if n else row | {"conversations": row["conversations"][:1]},
             "align, extend, finetune: example row0: roles must .*evaluate: example row0: roles",

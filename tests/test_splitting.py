@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +23,7 @@ class Rows(list):
         example = super().__getitem__(row)
         keys, numbers = [ref.key for ref in example.images], [ref.row for ref in example.images]
         return {
-            "id": example.id.encode(), "conversations": f'[{{"from": "human", "value": "{example.id}?"}}]',
+            "id": example.id.encode(), "conversations": json.dumps(example.conversations),
             "images": [key.encode() for key in keys], "image_rows": list(numbers),
         }  # fmt: skip
 
@@ -30,10 +31,15 @@ class Rows(list):
         return [self[row] for row in rows]
 
 
-def source(*keys_of_rows: Sequence[str], folder: str = "pictures") -> Source:
-    """Rows that show these pictures of a folder."""
+def source(*keys_of_rows: Sequence[str], folder: str = "pictures", said: Sequence[str] = ()) -> Source:
+    """Rows that show these pictures of a folder, and ask their number or what is `said`."""
+    asked = said or [f"{n}{''.join(keys)}?" for n, keys in enumerate(keys_of_rows)]
     rows = Rows(
-        Example(f"{n}{''.join(keys)}", [], tuple(ItemRef("image", key, ord(key[0])) for key in keys))
+        Example(
+            f"{n}{''.join(keys)}",
+            [{"from": "human", "value": asked[n]}],
+            tuple(ItemRef("image", key, ord(key[0])) for key in keys),
+        )
         for n, keys in enumerate(keys_of_rows)
     )
     return Source(rows=rows, items={"image": Items((), folder=ItemFolder(Path(folder)))}, fingerprint="x")
@@ -91,6 +97,16 @@ def test_pictures_with_more_rows_than_are_wanted():
     assert len(split(source(*"aaabbb"), 1).held_out) == 3
     with pytest.raises(MoextendError, match=r"evaluate.held_out: all 3 rows share pictures"):
         split(source("ab", "bc", "c"), 1)
+
+
+def test_rows_of_text_that_say_the_same_are_on_one_side():
+    said = "aabbccddeeffgg"
+    for seed in range(10):
+        parts = split(source(*[""] * len(said), said=said), 4, seed)
+        held_out, rest = ({row.conversations[0]["value"] for row in part} for part in parts)
+        assert len(held_out) == 2 and held_out.isdisjoint(rest)
+    left = without(source("", "", "x", said="caa"), source("", said="a"))
+    assert [row.conversations[0]["value"] for row in left] == ["c", "a"]  # the picture's row asks about another thing
 
 
 def test_the_rows_of_other_data_lose_the_pictures_that_were_held_out():

@@ -235,6 +235,16 @@ def test_a_folder_that_holds_something_is_not_touched(tmp_path: Path):
     assert (tmp_path / "empty" / "b").exists()
 
 
+@pytest.mark.parametrize("target", ["empty", "nowhere"])
+def test_a_link_is_followed_to_the_new_folder(tmp_path: Path, target: str):
+    (tmp_path / "disk" / "empty").mkdir(parents=True)
+    (tmp_path / "new").symlink_to(tmp_path / "disk" / target)
+    with new_folder(tmp_path / "new") as folder:
+        assert folder.parent == tmp_path / "disk"
+        (folder / "a").write_text("a")
+    assert (tmp_path / "new").is_symlink() and (tmp_path / "disk" / target / "a").exists()
+
+
 # --- torch pickles ----------------------------------------------------------------------------------------------------
 
 

@@ -314,14 +314,23 @@ class Rows:
         return hashlib.sha256(places.tobytes()).hexdigest()
 
 
-def read_rows(path: Path, model) -> tuple[Rows, np.ndarray]:
-    """The rows of an npz file, and their labels."""
+def read_ids(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an npz file of ids."""
     if not path.is_file():
         raise SystemExit(f"{path} does not exist; moextend routing collect --ids_out makes such a file")
     with np.load(path, allow_pickle=False) as stored:
         file = dict(stored)
-    ids = file["input_ids"].astype(np.int64)
-    mask = (file["attention_mask"] != 0).astype(np.int64) if "attention_mask" in file else np.ones_like(ids)
+    if "input_ids" not in file:
+        raise SystemExit(f"{path} holds no input_ids, but {', '.join(sorted(file)) or 'nothing'}")
+    mask = file.setdefault("attention_mask", np.ones_like(file["input_ids"]))
+    if mask.ndim != 2 or mask.shape != file["input_ids"].shape or not mask.any():
+        raise SystemExit(f"{path}: input_ids and attention_mask must be [rows, length] alike, with a token to count")
+    return file
+
+
+def rows_of(file: dict[str, np.ndarray], path: Path, model) -> tuple[Rows, np.ndarray]:
+    """The rows of such a file, and their labels."""
+    ids, mask = file["input_ids"].astype(np.int64), (file["attention_mask"] != 0).astype(np.int64)
     length = 1 + int(np.nonzero(mask.any(0))[0].max())
     ids, mask = np.where(mask > 0, ids, 0)[:, :length], mask[:, :length]
     labels = file["labels"][:, :length] if "labels" in file else np.where(mask > 0, ids, -100)
@@ -384,8 +393,11 @@ def main() -> None:
     parser.add_argument("--per_token", action=argparse.BooleanOptionalAction, help="write every token's picks")
     parser.add_argument("--trust_remote_code", action="store_true", help="run the Python files in the checkpoint")
     options = parser.parse_args()
+    if options.out.resolve() == options.ids.resolve():
+        raise SystemExit(f"--out and --ids are one file, {options.out}: the statistics would replace the ids")
+    file = read_ids(options.ids)  # before a large model is
     model = load(options.checkpoint, trust_remote_code=options.trust_remote_code)
-    rows, labels = read_rows(options.ids, model)
+    rows, labels = rows_of(file, options.ids, model)
     arrays = statistics(model, rows, batch_size=options.batch_size, per_token=options.per_token)
     with whole(options.out) as file:
         np.savez_compressed(file, **arrays)

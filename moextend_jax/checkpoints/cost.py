@@ -52,7 +52,7 @@ def watched(
     """
     sizes = [tensor.nbytes for tensor in planned.values()]
     total, started, before = sum(sizes), time.perf_counter(), None
-    parent = next(folder for folder in dst.absolute().parents if folder.exists())
+    parent = next(folder for folder in dst.resolve().parents if folder.exists())
     if (free := shutil.disk_usage(parent).free) < total:
         raise MoextendError(f"{dst} needs {_size(total)}, and its disk has {_size(free)} left")
     with contextlib.suppress(OSError):

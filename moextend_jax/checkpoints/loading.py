@@ -57,7 +57,7 @@ from moextend_jax.data.tokenizer import ends_of
 from moextend_jax.families import FAMILIES
 from moextend_jax.families.towers import TOWERS
 from moextend_jax.folders import folder as named_folder
-from moextend_jax.folders import local_copy, reading
+from moextend_jax.folders import is_url, local_copy, reading
 from moextend_jax.mesh import one_device
 from moextend_jax.models.moextend import abstract
 from moextend_jax.outside import inside, short, shown
@@ -227,7 +227,8 @@ def open_source(
 def _open_source(folder: Path, wanted: _Wanted) -> Source:
     base, vision, projector = wanted.base, wanted.vision, wanted.projector
     if not folder.exists():
-        raise MoextendError(f"{folder} does not exist: give the folder of a model, as published or imported")
+        where = "" if is_url(folder) or folder.is_absolute() else f" in {Path.cwd()}"
+        raise MoextendError(f"{folder} does not exist{where}: give the folder of a model, as published or imported")
     read = _imported if store.is_imported(folder) else _adapter if peft.is_adapter(folder) else _foreign
     source = read(folder, wanted)
     if vision and "vision" not in source.parts:

@@ -441,7 +441,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises:
       MoextendError: `path` exists already and is not an empty folder.
     """
-    path = path.absolute()
+    path = path.resolve()  # beside what a link leads to, which may be another disk
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise MoextendError(f"{path} exists already: name a new folder")
     path.parent.mkdir(parents=True, exist_ok=True)

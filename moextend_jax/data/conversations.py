@@ -213,6 +213,8 @@ def encode_dialogue(turns: Sequence[dict[str, Any]], *, items: Spans, tokenizer:
     Raises:
       Fault: as `encode_conversation`.
     """
+    if not turns or turns[-1].get("from") != "human":
+        raise _fault("prompt", "order", "the last turn must be the user's, which is to be answered")
     answered = [*turns, {"from": "gpt", "value": "."}]
     talk = talk_of(answered, example_id="prompt", items=items, tokenizer=tokenizer)
     (question, _) = talk.pairs[-1]

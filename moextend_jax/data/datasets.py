@@ -10,6 +10,7 @@ where they are, and looked at whenever the data set is opened: one that was mend
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -367,7 +368,7 @@ def short_name(data: str, split: str) -> str:
 def open_text(path: Path | str) -> list[str]:
     """The lines of a UTF-8 file, one passage each; blank lines are left out, and so is a byte order mark."""
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").split("\n")]
+        lines = [line.strip() for line in Path(os.path.expanduser(path)).read_text(encoding="utf-8-sig").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise MoextendError(f"cannot read text {path}: {error}") from error
     if not any(lines):

@@ -36,7 +36,8 @@ def rows_of_part(part: float, rows: int, *, setting: str) -> int:
 
 def hold_out_pictures(source: Source, *, part: float, seed: int, setting: str) -> HoldOut:
     """Holds out `part` of the rows or a few less; all rows that share a picture are on one side. Both parts keep the
-    source's order. A row without a picture is a group of its own. If every group has more rows than `part`, the
+    source's order. Rows without a picture are on one side if they say the
+    same. If every group has more rows than `part`, the
     smallest group is held out. A row that a mixture repeats counts once and is held out once.
 
     Args:
@@ -59,7 +60,9 @@ def hold_out_pictures(source: Source, *, part: float, seed: int, setting: str) -
             chosen[rows] = True
     if not chosen.any():  # every group is larger than wanted: the smallest is nearest
         if len(groups) == 1:
-            raise MoextendError(f"{setting}: all {len(once)} rows share pictures, so none can be held out unseen")
+            raise MoextendError(
+                f"{setting}: all {len(once)} rows share pictures or say the same, so none can be held out unseen"
+            )
         chosen[min(groups, key=lambda group: len(group[1]))[1]] = True
     held_out = select(once, np.flatnonzero(chosen))
     rest = ~chosen if once is source else ~np.isin(np.asarray(source.picked), np.asarray(held_out.picked))
@@ -89,9 +92,9 @@ def marks_of(source: Source) -> Iterator[tuple[Mark, ...]]:
         if example.items:
             yield tuple(mark[ref.medium](ref.key) for ref in example.items)
         else:
-            text = json.dumps([example.id, example.conversations])
-            name = hashlib.sha256(text.encode()).hexdigest()
-            yield (Mark(name, name),)
+            said = json.dumps(example.conversations)  # the same in two rows is on one side, whatever ids they have
+            name = json.dumps([example.id, example.conversations])
+            yield (Mark(*(hashlib.sha256(text.encode()).hexdigest() for text in (said, name))),)
 
 
 def _mark_of(items: AnyItems) -> Callable[[str], Mark]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, NamedTuple
@@ -78,6 +79,8 @@ class NormalTurns(NamedTuple):
 
 def normal_turns(value: Mapping[str, Any]) -> NormalTurns:
     """Raises a `Fault` that says what of the row is not read."""
+    # What pandas has for an empty cell.
+    value = {key: None if isinstance(cell, float) and math.isnan(cell) else cell for key, cell in value.items()}
     items = _items_of(value)
     for shape in SHAPES:
         key = next((key for key in shape.keys if value.get(key) not in (None, "")), None)
@@ -205,8 +208,10 @@ def _question(value: Mapping[str, Any], key: str, items: list[Item]) -> NormalTu
         return None
     if isinstance(value[key], list) and isinstance(answer, list):  # messages, parted where the answer begins
         return _marked(_talk([*value[key], *answer], items))
-    more = value.get("input") if key == "instruction" else None
-    question = f"{value[key]}\n{more}" if isinstance(more, str) and more.strip() else value[key]
+    more = _number(value.get("input")) if key == "instruction" else None
+    if more and not isinstance(more, str):
+        raise Fault(f"its input must be text, not {more!r:.60}", "entry")
+    question = f"{value[key]}\n{more}" if more and more.strip() else value[key]
     return _marked(NormalTurns([_turn("human", _number(question)), _turn("gpt", _number(answer))], items))
 
 

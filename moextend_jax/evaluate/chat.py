@@ -85,6 +85,9 @@ def chat(conversation: Conversation, lines: Iterable[str], *, show: Callable[[st
             waiting = {}
         elif command in ("/image", "/show"):
             name, _, file = (IMAGE, "", rest) if command == "/image" else rest.strip().partition(" ")
+            if not file.strip():
+                show(f"{HELP}\n")
+                continue
             with _mistakes_shown(show):
                 if name not in conversation.opened.config.media:
                     raise MoextendError(cannot(conversation.opened, name))
