@@ -36,9 +36,8 @@ def rows_of_part(part: float, rows: int, *, setting: str) -> int:
 
 def hold_out_pictures(source: Source, *, part: float, seed: int, setting: str) -> HoldOut:
     """Holds out `part` of the rows or a few less; all rows that share a picture are on one side. Both parts keep the
-    source's order. Rows without a picture are on one side if they say the
-    same. If every group has more rows than `part`, the
-    smallest group is held out. A row that a mixture repeats counts once and is held out once.
+    source's order. Rows without a picture are on one side if they say the same. If every group has more rows than
+    `part`, the smallest group is held out. A row that a mixture repeats counts once and is held out once.
 
     Args:
       part: a number of rows or a share, see `rows_of_part`.
