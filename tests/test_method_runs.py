@@ -29,7 +29,9 @@ METHODS = {
 
 
 def assert_goes_on(settings: RunSettings, stage: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """STAGE has 4 steps and a checkpoint after 2; cut off before its last step it ends as it does uninterrupted."""
+    """Cut off before the last of 4 steps, with a checkpoint of 2, the stage ends as it does uninterrupted."""
+    longer = dataclasses.replace(results.stage_of(settings, stage), steps=4)
+    settings = dataclasses.replace(results.with_stages(settings, {stage: longer}), checkpoint_every=2)
     place, left = loop.place_rows, [0]
 
     def dying(batch, mesh):
@@ -61,6 +63,5 @@ def assert_goes_on(settings: RunSettings, stage: str, folder: Path, monkeypatch:
 )
 def test_cut_off_and_gone_on_equals_uninterrupted(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     tiny.shorten_easy_vqa(monkeypatch)
-    settings = random_run.settings(tiny.write_base(tmp_path / "base"), method=METHODS[name][0], checkpoint_every=2)
-    settings = dataclasses.replace(settings, finetune=dataclasses.replace(settings.finetune, steps=4))
+    settings = random_run.settings(tiny.write_base(tmp_path / "base"), method=METHODS[name][0])
     assert_goes_on(settings, "finetune", tmp_path, monkeypatch)

@@ -63,9 +63,11 @@ def test_the_frequencies_are_those_of_transformers(name: str):
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     for size, theta in SIZES:
-        sizes = {"hidden_size": 4 * size, "num_attention_heads": 4, "head_dim": size}
-        rope = dict(SCALINGS[name])  # which the class completes
-        config = LlamaConfig(**sizes, max_position_embeddings=MOST, rope_theta=theta, rope_scaling=rope)
+        attributes: dict[str, Any] = {
+            "hidden_size": 4 * size, "num_attention_heads": 4, "head_dim": size, "max_position_embeddings": MOST,
+            "rope_theta": theta, "rope_scaling": dict(SCALINGS[name]),  # which the class completes
+        }  # fmt: skip
+        config: Any = LlamaConfig(**attributes)
         theirs_h, theirs = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config)
         ours_h, ours = frequencies_of(SCALINGS[name], size, theta)
         np.testing.assert_allclose(ours_h, theirs_h.numpy(), rtol=2e-6, err_msg=f"{size}, {theta}")

@@ -117,9 +117,6 @@ def test_a_chain_of_connectors(settings, tmp_path: Path):
 def test_cut_off_and_gone_on_equals_uninterrupted(
     settings: RunSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    touch = settings.extensions["touch"]
-    touch = dataclasses.replace(touch, finetune=dataclasses.replace(touch.finetune, steps=4))
-    settings = dataclasses.replace(settings, extensions={"touch": touch}, checkpoint_every=2)
     assert_goes_on(settings, "finetune:touch", tmp_path, monkeypatch)
 
 
