@@ -180,7 +180,7 @@ def _early(settings: RunSettings) -> dict[str, Any]:
 def study_table(record: Mapping[str, Any]) -> Table:
     """A line per point: means over seeds, and the difference from the first in accuracy."""
     seeds = next(iter(record["points"].values()))["seeds"]
-    title = f"{record['data']}, {len(seeds)} seeds: mean ± half of the 95 % interval"
+    title = f"{record['data']}, {len(seeds)} seed{'s' * (len(seeds) != 1)}: mean ± half of the 95 % interval"
     headings, *rows = lines_of(record)
     return table_of(headings, rows, title=title, title_justify="left")
 
