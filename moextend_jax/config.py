@@ -30,7 +30,8 @@ Other meanings, in these files alone:
     quantised        I contracted axis   O output columns   g groups of I
     expert_parallel  p sending, q receiving devices   e experts of a device
     router           g groups of experts, E of each
-    vision, whisper, resampler, projectors   c = C where it is not split   whisper   w frames under a convolution
+    vision, whisper, resampler, projectors   c = C where it is not split   vision   g gate and up of a SwiGLU
+    whisper          w frames under a convolution
     woven            c tower width of the trunk   h = r as an output axis   i earlier media   g = i+1 gates   w = 1
     train/loss       c tokens of a chunk   v columns of a block of V   n layers or rows, each balanced by itself
     generate         l positions, n pieces, of what is scored at a time   b ids of a block, G blocks
@@ -260,7 +261,8 @@ class VisionConfig:
     family: a key of `families.towers.TOWERS`, which names tensors and attributes in files; no computation depends on
     it.
     class_token, registers: positions before the patches, which the projector does not read. pre_norm: a norm before the
-    layers. layer_scale: what a layer adds is scaled, channel by channel.
+    layers. gated: layers have a SwiGLU of width `hidden`, whatever `activation` says. layer_scale: what a layer adds is
+    scaled, channel by channel.
     levels: mean and standard deviation that normalise colours, a row of `media.image.LEVELS`. stretched: a picture is
     resized to a square without keeping its aspect ratio, whatever `Recipe.image_preparation` says.
     """
@@ -279,6 +281,7 @@ class VisionConfig:
     registers: int = 0
     pre_norm: bool = True
     patch_bias: bool = False
+    gated: bool = False
     layer_scale: bool = False
     levels: Literal["clip", "half", "imagenet"] = "clip"
     resample: Literal["bicubic", "bilinear"] = "bicubic"
@@ -297,6 +300,7 @@ class VisionConfig:
         return {
             "C": self.width, "J": self.hidden, "U": self.layers, "N": self.heads, "H": self.width // self.heads,
             "P": self.patches, "Q": self.patches + self.class_token, "r": self.registers, "W": self.patch_size**2 * 3,
+            "g": 2,
         }  # fmt: skip
 
 

@@ -118,6 +118,7 @@ CASES: dict[str, tuple[str, str, str, str]] = {
        for family in ("mixtral", "glm4_moe", "gpt_oss") for start in ("two", "wide", "lowered", "added")},
     **{f"{family}-literal": (family, "clip", "two", "literal") for family in ("olmoe", "glm4_moe", "ernie4_5_moe")},
     **{f"olmoe-{tower}": ("olmoe", tower, "two", "base") for tower in ("siglip", "dinov2")},
+    "olmoe-giant": ("olmoe", "dinov2", "two", "base"),  # a tower whose layers have a SwiGLU
     **{f"{family}-text": (family, "", "", "base") for family in FAMILIES},
     **{f"{family}-task": (family, "", "two", "base") for family in FAMILIES},  # in text
     **{f"{family}-tasks": (family, "", "tasks", "base") for family in ("mixtral", "glm4_moe", "gpt_oss")},
@@ -149,6 +150,7 @@ def config_of(case: str) -> ModelConfig:
         VisionConfig(family=tower, **TOWERS[tower].fields),
         **{"width": 16, "hidden": 32, "layers": 2, "heads": 2, "image_size": 8, "patch_size": 4, "norm_eps": 1e-6},
         activation="gelu_pytorch_tanh" if tower == "siglip" else "gelu",
+        gated=case.endswith("-giant"),
     )
     seeing = of_pictures(decoder=decoder, vision=vision, tags=ImageTags(start=58, end=59, pad=PAD))
     media = {**seeing.media, "speech": SPEECH} if start == "heard" else seeing.media

@@ -86,26 +86,36 @@ def siglip(layers: int, *, width: int, hidden: int, patch: int, positions: int) 
     return made | {f"{norm}.{part}": (width,) for norm in norms for part in ("weight", "bias")}
 
 
-def dinov2_large(registers: int = 0) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of facebook/dinov2-large, less its mask token, and of the same with registers."""
+def dinov2(
+    layers: int, *, width: int, mlp: dict[str, tuple[int, ...]], registers: int = 0
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a tower of facebook/dinov2-*, less its mask token, and of the same with registers.
+
+    Args:
+      mlp: of one layer.
+    """
     made: dict[str, tuple[int, ...]] = {
-        "embeddings.cls_token": (1, 1, 1024),
-        "embeddings.patch_embeddings.projection.weight": (1024, 3, 14, 14),
-        "embeddings.patch_embeddings.projection.bias": (1024,),
-        "embeddings.position_embeddings": (1, 1370, 1024),
+        "embeddings.cls_token": (1, 1, width),
+        "embeddings.patch_embeddings.projection.weight": (width, 3, 14, 14),
+        "embeddings.patch_embeddings.projection.bias": (width,),
+        "embeddings.position_embeddings": (1, 1370, width),
     }
     if registers:
-        made["embeddings.register_tokens"] = (1, registers, 1024)
+        made["embeddings.register_tokens"] = (1, registers, width)
     norms = ["layernorm"]
-    for n in range(24):
+    for n in range(layers):
         layer = f"encoder.layer.{n}."
         norms += [layer + "norm1", layer + "norm2"]
         for part in ("attention.query", "attention.key", "attention.value", "output.dense"):
-            made |= {f"{layer}attention.{part}.weight": (1024, 1024), f"{layer}attention.{part}.bias": (1024,)}
-        made |= {f"{layer}layer_scale{m}.lambda1": (1024,) for m in (1, 2)}
-        made |= {layer + "mlp.fc1.weight": (4096, 1024), layer + "mlp.fc1.bias": (4096,)}
-        made |= {layer + "mlp.fc2.weight": (1024, 4096), layer + "mlp.fc2.bias": (1024,)}
-    return made | {f"{norm}.{part}": (1024,) for norm in norms for part in ("weight", "bias")}
+            made |= {f"{layer}attention.{part}.weight": (width, width), f"{layer}attention.{part}.bias": (width,)}
+        made |= {f"{layer}layer_scale{m}.lambda1": (width,) for m in (1, 2)}
+        for part, shape in mlp.items():
+            made |= {f"{layer}mlp.{part}.weight": shape, f"{layer}mlp.{part}.bias": shape[:1]}
+    return made | {f"{norm}.{part}": (width,) for norm in norms for part in ("weight", "bias")}
+
+
+LARGE = {"fc1": (4096, 1024), "fc2": (1024, 4096)}
+GIANT = {"weights_in": (8192, 1536), "weights_out": (1536, 4096)}
 
 
 def extension(width: int, hidden: int) -> dict[str, tuple[int, ...]]:
@@ -353,8 +363,9 @@ PICTURE_TOWERS = {
         428_225_600 - 15_238_352,
     ),
     "siglip-base-patch16-224": (siglip(12, width=768, hidden=3072, patch=16, positions=196), 92_884_224 - 7_087_104),
-    "dinov2-large": (dinov2_large(), 304_368_640 - 1024),
-    "dinov2-with-registers-large": (dinov2_large(registers=4), 304_371_712),
+    "dinov2-large": (dinov2(24, width=1024, mlp=LARGE), 304_368_640 - 1024),
+    "dinov2-with-registers-large": (dinov2(24, width=1024, mlp=LARGE, registers=4), 304_371_712),
+    "dinov2-giant": (dinov2(40, width=1536, mlp=GIANT), 1_136_480_768 - 1536),
 }
 
 

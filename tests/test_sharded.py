@@ -173,8 +173,8 @@ def test_so_it_is_in_other_families(family: str):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["dinov2_with_registers", pytest.param("siglip", marks=pytest.mark.long)])
 def test_so_it_is_behind_other_picture_towers(family: str):
-    registers = {"registers": 3} if family == "dinov2_with_registers" else {}
-    tower = dataclasses.replace(tiny.VISION, family=family, **TOWERS[family].fields, **registers)
+    more: dict[str, Any] = {"registers": 3, "gated": True} if family == "dinov2_with_registers" else {}
+    tower = dataclasses.replace(tiny.VISION, family=family, **TOWERS[family].fields, **more)
     model = with_vision(MODEL, tower)
     mesh, arrays = sharded(MESHES["no data"], model)
     got = three_steps("align", arrays, [place_rows(batch, mesh) for batch in BATCHES], mesh, model)

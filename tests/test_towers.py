@@ -109,15 +109,20 @@ def assert_same_states(folder: Path, model: Any, torch: Any, *, size: int) -> No
     np.testing.assert_allclose(last, theirs.last_hidden_state.numpy(), atol=1e-5, rtol=0)
 
 
-KINDS = {
-    "SiglipVision": {"intermediate_size": 24}, "Dinov2": {}, "Dinov2WithRegisters": {"num_register_tokens": 3},
-}  # fmt: skip
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "siglip": ("SiglipVision", {"intermediate_size": 24}),
+    "dinov2": ("Dinov2", {}),
+    "dinov2 gated": ("Dinov2", {"use_swiglu_ffn": True}),
+    "dinov2 with registers": ("Dinov2WithRegisters", {"num_register_tokens": 3}),
+    "dinov2 with registers, gated": ("Dinov2WithRegisters", {"use_swiglu_ffn": True, "mlp_ratio": 3}),
+}
 
 
-@pytest.mark.parametrize("kind", few(KINDS, "SiglipVision"))
-def test_parity_with_transformers_from_the_files_it_writes(tmp_path: Path, kind: str):
+@pytest.mark.parametrize("case", few(KINDS, "siglip"))
+def test_parity_with_transformers_from_the_files_it_writes(tmp_path: Path, case: str):
     """And back: what is exported is its model again, of which it misses nothing."""
-    model, torch = made(tmp_path / "theirs", kind, **KINDS[kind])
+    kind, more = KINDS[case]
+    model, torch = made(tmp_path / "theirs", kind, **more)
     assert_same_states(tmp_path / "theirs", model, torch, size=14)
     cli.call(["import", str(tmp_path / "theirs"), str(tmp_path / "imported")])
     cli.call(["export", str(tmp_path / "imported"), str(tmp_path / "ours")])
@@ -147,22 +152,23 @@ def test_a_dinov2_takes_pictures_as_its_processor_makes_them(tmp_path: Path, nam
     assert open_source(src).config.vision == config_of("dinov2")
 
 
-GRIDS = {("Dinov2WithRegisters", 13): ()} | dict.fromkeys(
-    [("Dinov2WithRegisters", 40), ("Dinov2", 8)], pytest.mark.slow
+GRIDS = {("dinov2 with registers", 13): ()} | dict.fromkeys(
+    [("dinov2 with registers", 40), ("dinov2", 8)], pytest.mark.slow
 )
 
 
 @pytest.mark.parametrize(
-    ("kind", "size"),
+    ("case", "size"),
     [
-        pytest.param(kind, size, marks=GRIDS.get((kind, size), pytest.mark.long))
-        for kind in ("Dinov2WithRegisters", "Dinov2")
+        pytest.param(case, size, marks=GRIDS.get((case, size), pytest.mark.long))
+        for case in ("dinov2 with registers", "dinov2")
         for size in (8, 13, 17, 23, 40)
     ],
 )
-def test_positions_on_another_grid_are_those_that_transformers_takes(tmp_path: Path, kind: str, size: int):
+def test_positions_on_another_grid_are_those_that_transformers_takes(tmp_path: Path, case: str, size: int):
     """It resizes them for every picture; here they are resized once, and go out as they are then."""
-    model, torch = made(tmp_path / "theirs", kind, **KINDS[kind])
+    kind, more = KINDS[case]
+    model, torch = made(tmp_path / "theirs", kind, **more)
     processor = {"crop_size": {"height": size, "width": size}, "size": {"shortest_edge": 256}, "resample": 3}
     (tmp_path / "theirs" / "preprocessor_config.json").write_text(json.dumps(processor))
     assert_same_states(tmp_path / "theirs", model, torch, size=size)
@@ -323,7 +329,8 @@ def test_siglip2_of_one_size_may_be_resized_bilinearly(tmp_path: Path):
         ("siglip", {"hidden_act": "relu"}, "hidden_act = 'relu' cannot be honoured"),
         ("siglip", {"image_size": [14, 14]}, "image_size must be one positive number"),
         ("siglip", {"image_size": 3}, "patch_size be at most image_size"),
-        ("dinov2", {"use_swiglu_ffn": True}, "use_swiglu_ffn = True cannot be honoured"),
+        ("dinov2", {"use_swiglu_ffn": 1}, "use_swiglu_ffn must be true or false"),
+        ("dinov2", {"use_swiglu_ffn": True}, "mlp.weights_in"),
         ("dinov2", {"qkv_bias": False}, "qkv_bias = False cannot be honoured"),
         ("dinov2", {"mlp_ratio": 2.5}, "mlp_ratio must be one positive number"),
         ("dinov2", {"model_type": "dinov3_vit"}, "model_type is 'dinov3_vit'"),

@@ -34,7 +34,7 @@ from moextend_jax.families.attributes import (
     read_fields,
     with_head_size,
 )
-from moextend_jax.families.towers import TOWERS
+from moextend_jax.families.towers import TOWERS, hidden_of, ratio_of
 from moextend_jax.media.image import LEVELS
 from moextend_jax.models.starts import STARTS
 from moextend_jax.outside import read_object, short, shown
@@ -210,7 +210,7 @@ def vision_config(attributes: Mapping[str, Any], *, where: Path, feature_layer: 
     tower = TOWERS[name]
     fields = read_fields({**tower.defaults, **attributes}, tower.attributes, where=where)
     if ratio := fields.pop("ratio", None):
-        fields["hidden"] = fields["width"] * ratio
+        fields["hidden"] = hidden_of(ratio, width=fields["width"], gated=fields["gated"])
     config = VisionConfig(family=name, **tower.fields, **fields)
     if config.width % config.heads or config.patch_size > config.image_size:
         raise MoextendError(f"{where}: num_attention_heads must divide hidden_size, patch_size be at most image_size")
@@ -330,7 +330,8 @@ def decoder_attributes(config: DecoderConfig, *, dtype: str) -> dict[str, Any]:
 
 def vision_attributes(config: VisionConfig) -> dict[str, Any]:
     tower = TOWERS[config.family]
-    values = {**dataclasses.asdict(config), "ratio": config.hidden // config.width}
+    ratio = ratio_of(config.hidden, width=config.width, gated=config.gated)
+    values = {**dataclasses.asdict(config), "ratio": ratio}
     return {theirs: values[ours] for theirs, ours in tower.attributes.sizes.items()} | {
         "architectures": [tower.architecture], "model_type": tower.model_type, **tower.constants,
     }  # fmt: skip

@@ -46,6 +46,7 @@ from moextend_jax.models.blocks import make_blocks
 from moextend_jax.models.decoder import Decoder, Extension
 from moextend_jax.models.projectors import GROUPS, make_projector, sizes
 from moextend_jax.models.starts import STARTS
+from moextend_jax.models.vision import VisionTower
 from moextend_jax.models.whisper import sizes_of
 from moextend_jax.parameters import by_path
 
@@ -303,8 +304,16 @@ def _axes_of(make: Callable[[nnx.Rngs], Any]) -> dict[str, dict[str, int]]:
 
 def _rows_of_medium(medium: Medium, part: str) -> dict[str, Name]:
     tower = medium.tower
-    of_tower = _TOWERS[tower.family] if isinstance(tower, VisionConfig) else _OTHERS[type(tower)]
+    of_tower = _rows_of_pictures(tower) if isinstance(tower, VisionConfig) else _OTHERS[type(tower)]
     return {"tower": of_tower, "projector": _LINEAR}.get(part, {})
+
+
+@functools.cache
+def _rows_of_pictures(tower: VisionConfig) -> dict[str, Name]:
+    """What a tower has of its family's rows: its layers have an MLP or a SwiGLU."""
+    module = nnx.eval_shape(lambda: VisionTower(tower, rngs=nnx.Rngs(0), dtype="float32"))
+    leaves = by_path(nnx.state(module, nnx.Param))
+    return {path: row for path, row in _TOWERS[tower.family].items() if path in leaves}
 
 
 class Published(NamedTuple):

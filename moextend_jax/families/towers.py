@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -16,9 +17,9 @@ class Tower(NamedTuple):
 
     model_type: of its config.json; whole: of one that holds it as `vision_config`, "" where there is none.
     architecture: transformers' class. names: of its tensors. beside: those of the whole that it is taken from.
-    attributes: how its config.json is read; `ratio` is hidden over width. fields: of `VisionConfig`, what all of them
-    have and no attribute says. constants: attributes that are written besides. defaults: what the class takes where a
-    config.json is silent. published: sizes by name, fields of `VisionConfig` besides `fields`.
+    attributes: how its config.json is read; `ratio` is as `hidden_of` takes it. fields: of `VisionConfig`, what all of
+    them have and no attribute says. constants: attributes that are written besides. defaults: what the class takes
+    where a config.json is silent. published: sizes by name, fields of `VisionConfig` besides `fields`.
     resized: how its positions are brought to another grid, "" where they are not (`checkpoints/positions.py`).
     resamples: what its pictures may have been resized by, bicubic where nothing says so.
     """
@@ -48,6 +49,18 @@ _PLAIN = {
 }  # fmt: skip
 
 
+def hidden_of(ratio: int, *, width: int, gated: bool) -> int:
+    """Hidden width of a layer, where a config.json gives its ratio to the width: a SwiGLU has two thirds of an MLP's,
+    rounded up to eight, so that it has about as many parameters."""
+    hidden = width * ratio
+    return -(-(hidden * 2 // 3) // 8) * 8 if gated else hidden
+
+
+def ratio_of(hidden: int, *, width: int, gated: bool) -> int:
+    """The least ratio of which `hidden_of` makes this width or more."""
+    return next(ratio for ratio in itertools.count(1) if hidden_of(ratio, width=width, gated=gated) >= hidden)
+
+
 def _names(*rows: tuple[str, str, str]) -> tuple[Name, ...]:
     return tuple(Name("media/image/tower/" + path, file, layout) for path, file, layout in rows)
 
@@ -56,11 +69,21 @@ def _norm(path: str, file: str) -> tuple[tuple[str, str, str], ...]:
     return (path + "/scale", file + ".weight", "C -> C"), (path + "/bias", file + ".bias", "C -> C")
 
 
-def _layers(layer: str, *, norms: str, attention: str) -> tuple[tuple[str, str, str], ...]:
+_MLP = ("mlp/up", "mlp.fc1", "J C -> C J", "J -> J"), ("mlp/down", "mlp.fc2", "C J -> J C", "C -> C")
+_SWIGLU = (
+    ("swiglu/up", "mlp.weights_in", "(g J) C -> C g J", "(g J) -> g J"),
+    ("swiglu/down", "mlp.weights_out", "C J -> J C", "C -> C"),
+)
+
+
+def _layers(
+    layer: str, *, norms: str, attention: str, mlps: tuple[tuple[str, str, str, str], ...] = _MLP
+) -> tuple[tuple[str, str, str], ...]:
     """Rows of the layers, whose parts are called `layer` with {} for the part.
 
     Args:
       norms: before attention and before the MLP. attention: query, key, value and out. Joined by spaces.
+      mlps: rows of each kind of MLP that the family's layers may have.
     """
     (first, second), (query, key, value, out) = norms.split(), attention.split()
 
@@ -76,8 +99,7 @@ def _layers(layer: str, *, norms: str, attention: str) -> tuple[tuple[str, str, 
         *linear("attention/value", value, *heads),
         *linear("attention/out", out, "C (N H) -> N H C", "C -> C"),
         *_norm("layers/mlp_norm", layer.replace("{}", second)),
-        *linear("mlp/up", "mlp.fc1", "J C -> C J", "J -> J"),
-        *linear("mlp/down", "mlp.fc2", "C J -> J C", "C -> C"),
+        *(row for kind in mlps for row in linear(*kind)),
     )
 
 
@@ -184,6 +206,7 @@ def _dinov2(
                 norms="norm1 norm2",
                 attention="attention.attention.query attention.attention.key attention.attention.value "
                 "attention.output.dense",
+                mlps=(*_MLP, *_SWIGLU),
             ),
             ("layers/attention_scale", layer + "layer_scale1.lambda1", "C -> C"),
             ("layers/mlp_scale", layer + "layer_scale2.lambda1", "C -> C"),
@@ -191,28 +214,32 @@ def _dinov2(
         ),
         beside=re.compile(r"embeddings\.mask_token"),  # of pretraining alone
         attributes=Table(
-            sizes=_SIZES | {"mlp_ratio": "ratio"} | extra,
+            sizes=_SIZES | {"mlp_ratio": "ratio", "use_swiglu_ffn": "gated"} | extra,
             must_be=_PLAIN
-            | {"qkv_bias": (True,), "use_swiglu_ffn": (False,), "hidden_dropout_prob": (0,)}
-            | {"attention_probs_dropout_prob": (0,), "drop_path_rate": (0,)},
+            | {"qkv_bias": (True,), "hidden_dropout_prob": (0,), "attention_probs_dropout_prob": (0,)}
+            | {"drop_path_rate": (0,)},
             # How it starts to be trained, and what it gives as another network's backbone.
             harmless=OF_ANY_MODEL
             | {"layerscale_value", "use_mask_token", "apply_layernorm", "reshape_hidden_states", "stage_names"}
             | {"out_features", "out_indices", "_out_features", "_out_indices"},
         ),
         fields={"pre_norm": False, "patch_bias": True, "layer_scale": True, "levels": "imagenet"},
-        constants={"num_channels": 3, "qkv_bias": True, "use_swiglu_ffn": False, **constants},
+        constants={"num_channels": 3, "qkv_bias": True, **constants},
         defaults={
             "hidden_size": 768, "mlp_ratio": 4, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224,
-            "patch_size": patch_size, "layer_norm_eps": 1e-6, "hidden_act": "gelu",
+            "patch_size": patch_size, "layer_norm_eps": 1e-6, "hidden_act": "gelu", "use_swiglu_ffn": False,
             **dict.fromkeys(extra, registers),
         },
         published={
             f"{published}-{size}": {
-                "width": width, "hidden": 4 * width, "layers": layers, "heads": width // 64, "norm_eps": 1e-6,
-                "activation": "gelu", "image_size": 518, "registers": registers,
+                "width": width, "hidden": hidden_of(4, width=width, gated=gated), "layers": layers,
+                "heads": width // 64, "norm_eps": 1e-6, "activation": "gelu", "image_size": 518,
+                "registers": registers, "gated": gated,
             }
-            for size, width, layers in (("small", 384, 12), ("base", 768, 12), ("large", 1024, 24))
+            for size, width, layers, gated in (
+                ("small", 384, 12, False), ("base", 768, 12, False), ("large", 1024, 24, False),
+                ("giant", 1536, 40, True),
+            )
         },
         resized=resized,
     )  # fmt: skip

@@ -172,8 +172,8 @@ def _medium(inside: str, medium: Medium, trained, *, n: int, width: int) -> list
     tower, C, D, n = medium.tower, medium.tower.sizes()["C"], width, n * medium.frames
     parts: list[Part] = []
     if not isinstance(tower, FeaturesConfig):
-        parts = _tower(inside + "tower/", tower, trained((inside + "tower/layers/mlp/up",)), n=n)
-    projector, below = medium.projector, trained((inside + "tower/layers/mlp/up",))
+        parts = _tower(inside + "tower/", tower, trained((inside + "tower/layers/attention/query",)), n=n)
+    projector, below = medium.projector, trained((inside + "tower/layers/attention/query",))
     if projector.trunk:  # its maps are the trunk's; a map to the trunk's width is below them
         below |= projector.width != C
     if projector.kind in ("resampler", "crema"):
@@ -229,11 +229,12 @@ def _tower(inside: str, tower: VisionConfig | WhisperConfig, trains: bool, *, n:
     else:  # two convolutions of three taps, the second at half the frames
         Q, first = tower.patches, 2.0 * n * 3 * (tower.frames * tower.bands * C + tower.patches * C * C)
     tokens = n * Q
+    mlp, maps = ("swiglu", 3) if isinstance(tower, VisionConfig) and tower.gated else ("mlp", 2)
     return [
         Part(inside + "patch", first, (inside + "patch", inside + "conv1"), False),
         Part(inside + "attention", 8.0 * layers * tokens * C * C, (inside + "layers/attention/query",), trains),
         Part(inside + "scores", 4.0 * layers * tokens * Q * C, (), trains),
-        Part(inside + "mlp", 4.0 * layers * tokens * C * J, (inside + "layers/mlp/up",), trains),
+        Part(inside + mlp, 2.0 * maps * layers * tokens * C * J, (f"{inside}layers/{mlp}/up",), trains),
     ]
 
 

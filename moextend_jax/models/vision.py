@@ -90,6 +90,21 @@ class MLP(nnx.Module):
         return jnp.einsum("nQJ,JC->nQC", h_nQJ, self.down[...]) + self.down_bias[None, None]
 
 
+class SwiGLU(nnx.Module):
+    """A gated MLP with biases: silu of one linear map times another (axis g), then a third."""
+
+    def __init__(self, stack: str, sizes: Sizes, *, rngs: nnx.Rngs, dtype: str):
+        self.up = weight(stack + "CgJ", sizes, rngs=rngs, dtype=dtype)
+        self.up_bias = constant(stack + "gJ", sizes, dtype=dtype, value=0.0)
+        self.down = weight(stack + "JC", sizes, rngs=rngs, dtype=dtype)
+        self.down_bias = constant(stack + "C", sizes, dtype=dtype, value=0.0)
+
+    def __call__(self, x_nQC: jax.Array) -> jax.Array:
+        h_nQgJ = jnp.einsum("nQC,CgJ->nQgJ", x_nQC, self.up[...]) + self.up_bias[None, None]
+        h_nQJ = jax.nn.silu(h_nQgJ[:, :, 0]) * h_nQgJ[:, :, 1]
+        return jnp.einsum("nQJ,JC->nQC", h_nQJ, self.down[...]) + self.down_bias[None, None]
+
+
 def quick_gelu(x: jax.Array) -> jax.Array:
     return x * jax.nn.sigmoid(1.702 * x)
 
@@ -103,24 +118,30 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu, "gelu_pytorch_tanh": jax.
 
 
 class Layers(nnx.Module):
-    """All U layers, stacked; a call on the state sliced to one u runs that layer. `scaled`: with LayerScale."""
+    """All U layers, stacked; a call on the state sliced to one u runs that layer.
+
+    Args:
+      gated: with a SwiGLU, else with an MLP of this activation. scaled: with LayerScale.
+    """
 
     def __init__(
-        self, config: VisionConfig | WhisperConfig, *, activation: str, key_bias: bool = True, scaled: bool = False,
-        rngs: nnx.Rngs, dtype: str,
+        self, config: VisionConfig | WhisperConfig, *, activation: str, key_bias: bool = True, gated: bool = False,
+        scaled: bool = False, rngs: nnx.Rngs, dtype: str,
     ):  # fmt: skip
         sizes, eps = config.sizes(), config.norm_eps
         self.attention_norm = LayerNorm("U", sizes, eps=eps, dtype=dtype)
         self.attention = Attention("U", sizes, key_bias=key_bias, rngs=rngs, dtype=dtype)
         self.mlp_norm = LayerNorm("U", sizes, eps=eps, dtype=dtype)
-        self.mlp = MLP("U", sizes, activation=activation, rngs=rngs, dtype=dtype)
+        self.mlp = None if gated else MLP("U", sizes, activation=activation, rngs=rngs, dtype=dtype)
+        self.swiglu = SwiGLU("U", sizes, rngs=rngs, dtype=dtype) if gated else None
         self.attention_scale = constant("UC", sizes, dtype=dtype, value=1.0) if scaled else None
         self.mlp_scale = constant("UC", sizes, dtype=dtype, value=1.0) if scaled else None
 
     def __call__(self, x_nQC: jax.Array, *, real: int | None = None) -> jax.Array:
         y_nQC = self.attention_norm(x_nQC)
         x_nQC = x_nQC + _times(self.attention(y_nQC, y_nQC, real=real), self.attention_scale)
-        return x_nQC + _times(self.mlp(self.mlp_norm(x_nQC)), self.mlp_scale)
+        mlp: Any = self.swiglu or self.mlp
+        return x_nQC + _times(mlp(self.mlp_norm(x_nQC)), self.mlp_scale)
 
 
 def _times(y_nQC: jax.Array, scale_C: nnx.Param | None) -> jax.Array:
@@ -171,7 +192,9 @@ class VisionTower(nnx.Module):
         self.registers = weight("rC", sizes, rngs=rngs, dtype=dtype) if config.registers else None
         self.position = weight("QC", sizes, rngs=rngs, dtype=dtype)
         self.pre_norm = LayerNorm("", sizes, eps=config.norm_eps, dtype=dtype) if config.pre_norm else None
-        self.layers = Layers(config, activation=config.activation, scaled=config.layer_scale, rngs=rngs, dtype=dtype)
+        self.layers = Layers(
+            config, activation=config.activation, gated=config.gated, scaled=config.layer_scale, rngs=rngs, dtype=dtype
+        )
         self.post_norm = LayerNorm("", sizes, eps=config.norm_eps, dtype=dtype)
 
     def __call__(self, images_nhwc: jax.Array) -> jax.Array:
