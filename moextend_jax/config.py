@@ -823,7 +823,9 @@ class Recipe:
     """Question-answer pairs kept of a conversation."""
     finetune_trains: Literal["extension", "extension_and_projector"] = "extension"
     """What the finetune stage updates."""
-    prompt: Literal["checkpoint", "mixtral", "chatml", "llama3", "released"] = "checkpoint"
+    prompt: Literal["checkpoint", "mixtral", "chatml", "llama3", "granite", "glm4", "ernie", "tulu", "released"] = (
+        "checkpoint"
+    )
     """Chat template: `data/conversations.py` says what each is. That of Mixtral-8x7B-Instruct is "mixtral"."""
     global_batch: tuple[Count, Count] = (256, 128)
     """Rows per step of align and of finetune; a run's own batch size overrides it."""

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_dump_torch
+import test_export_families
 import test_names
+import test_router
+import test_sharded
 import tiny
 from flax import nnx
 from safetensors.numpy import load_file, save_file
@@ -33,20 +38,54 @@ SMALL = {
 DOCS = Path(__file__).parents[1] / "docs" / "families.md"
 
 
+MIXTRALS = test_names.M8X7B, test_names.M8X22B, test_names.M8X22B_INSTRUCT
+MATCHED = [*(DECODERS[name] for name in (*test_names.OTHERS, *test_names.FUSED)), *MIXTRALS]
+
+
 def rows() -> list[str]:
     """The docs' table; in bold, models of whose sizes `test_names` matches every tensor."""
-    lines, mixtrals = [], (test_names.M8X7B, test_names.M8X22B, test_names.M8X22B_INSTRUCT)
-    matched = [*(DECODERS[name] for name in (*test_names.OTHERS, *test_names.FUSED)), *mixtrals]
+    lines = []
     for name, family in FAMILIES.items():
         fields = ", ".join(f"`{field} = {value}`" for field, value in family.fields.items()) or "none"
-        models = ", ".join(f"**{model}**" if DECODERS[model] in matched else model for model in family.published)
-        lines.append(f"| `{name}` | {family.architecture} | {fields} | {models} |")
+        models = ", ".join(f"**{model}**" if DECODERS[model] in MATCHED else model for model in family.published)
+        template = f"`{family.template}`" if family.template else "none"
+        lines.append(f"| `{name}` | {family.architecture} | {fields} | {template} | {models} |")
     return lines
 
 
-def test_the_docs_have_the_table():
+def checked() -> list[str]:
+    """The docs' second table: what tests compare of each family, from their own lists of cases."""
+    lines = []
+    for name, family in FAMILIES.items():
+        cases = [case for case in test_export_families.CASES.values() if case[0] == name]
+        towers, starts = (dict.fromkeys(case[part] for case in cases if case[part]) for part in (1, 2))
+        one, several = ([start for start in starts if start in of]
+                        for of in (test_export_families.STARTS, test_export_families.CHAINS))  # fmt: skip
+        matched = sum(DECODERS[model] in MATCHED for model in family.published)
+        columns = (
+            f"{matched} of {len(family.published)}",
+            *(", ".join(part) or "none" for part in (towers, one, several)),
+        )
+        lines.append(f"| `{name}` | {' | '.join(columns)} |")
+    return lines
+
+
+def test_the_docs_have_the_tables():
     written = [line for line in DOCS.read_text().splitlines() if line.startswith("| `")]
-    assert written[1:] == rows()  # the first is the header
+    header, further = written[0], [line for line in written if line.startswith("| `model_type`")][1:]
+    assert header.startswith("| `model_type`") and len(further) == 1
+    assert [line for line in written if line not in (header, *further)] == [*rows(), *checked()]
+    # What the page says of every family.
+    assert {"mixtral", *test_dump_torch.OTHERS} == {*FAMILIES}
+    assert families_of(test_router.test_copies_change_those_tokens_alone_that_chose_a_source) == {*FAMILIES}
+    assert {"mixtral"} | families_of(test_sharded.test_so_it_is_in_other_families) == {*FAMILIES}
+
+
+def families_of(test: Callable[..., None]) -> set[str]:
+    """What a test is run with as `family`."""
+    marks: list[pytest.Mark] = getattr(test, "pytestmark")  # noqa: B009 (no type knows it)
+    cases = next(mark.args[1] for mark in marks if mark.name == "parametrize" and mark.args[0] == "family")
+    return {getattr(case, "values", (case,))[0] for case in cases}
 
 
 @pytest.mark.parametrize("name", DECODERS)

@@ -6,6 +6,7 @@ import json
 import pickle
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -13,9 +14,11 @@ import tiny
 import tiny_tokens
 from transformers import AutoTokenizer
 
-from moextend_jax.config import IGNORE, RECIPES, MoextendError
-from moextend_jax.data.conversations import Encoded, encode_conversation, encode_prompt
-from moextend_jax.data.tokenizer import Tokenizer, load_tokenizer
+from moextend_jax import families
+from moextend_jax.config import IGNORE, RECIPES, DecoderConfig, MoextendError, Recipe, of_pictures
+from moextend_jax.data import templates
+from moextend_jax.data.conversations import Encoded, encode_conversation, encode_dialogue, encode_prompt
+from moextend_jax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_of
 from moextend_jax.data.writing import encoder_of, template_identity
 from moextend_jax.faults import Fault
 
@@ -236,6 +239,45 @@ def test_families_are_known_by_their_tokens(tmp_path):
         ours.decode(encode_prompt("a?", tokenizer=ours, recipe=replace(PAPER, prompt="mixtral")).ids_L)
         == "[INST] a? [/INST]"
     )
+
+
+WRITTEN = {
+    "granite": "<|start_of_role|>system<|end_of_role|>be<|end_of_text|>\n<|start_of_role|>user<|end_of_role|>a"
+    "<|end_of_text|>\n<|start_of_role|>assistant<|end_of_role|>b<|end_of_text|>\n<|start_of_role|>user<|end_of_role|>c"
+    "<|end_of_text|>\n<|start_of_role|>assistant<|end_of_role|>",
+    "glm4": "[gMASK]<sop><|system|>\nbe<|user|>\na<|assistant|>\nb<|user|>\nc<|assistant|>\n",
+    "ernie": "<|begin_of_sentence|>be\nUser: a\nAssistant: b</s>User: c\nAssistant: ",
+    "tulu": "<|system|>\nbe\n<|user|>\na\n<|assistant|>\nb<|end|>\n<|user|>\nc\n<|assistant|>\n",
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_base_without_a_template_gets_that_of_its_family(tmp_path, name: str):
+    control = ("<|end|>", *templates.FAMILIES[name].tokens, "<x>", "<y>", "<z>")
+    folder = tiny_tokens.write_byte_level(tmp_path, template=None, control=control, eos_token="<|end|>")
+    family = next(family for family, row in families.FAMILIES.items() if row.template == name)
+    decoder = DecoderConfig(family=family, vocab_size=load_tokenizer(folder).vocab_size)
+    ours = tokenizer_of(folder, of_pictures(decoder=decoder))
+    assert ours.prompt == name and ours.tags.ids == tuple(ours.pieces.control[tag].id for tag in ("<x>", "<y>", "<z>"))
+    assert load_tokenizer(folder).prompt == (name if templates.FAMILIES[name].tokens else None)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    turns = talk("a", "b", "c", system="be")
+    written = theirs.apply_chat_template(
+        messages_of(turns, fold=False), chat_template=templates.FAMILIES[name].source, tokenize=False,
+        add_generation_prompt=True,
+    )  # fmt: skip
+    assert written == WRITTEN[name]
+    asked = encode_dialogue(turns, items={}, tokenizer=ours, recipe=PAPER)
+    assert asked.ids_L.tolist() == theirs(written, add_special_tokens=False).input_ids
+    (answer,) = answers_of(encode(talk("a", "b"), ours))
+    assert answer[-1] in ours.ends and ours.decode(answer) == "b"
+
+
+def test_every_family_has_a_template_that_is_known():
+    assert {row.template for row in families.FAMILIES.values()} - {""} <= templates.FAMILIES.keys()
+    names = get_args(get_type_hints(Recipe)["prompt"])
+    assert names == ("checkpoint", "mixtral", *templates.FAMILIES, "released")
+    assert families.FAMILIES["qwen3_moe"].template == "chatml"
 
 
 def test_a_changed_template_is_another_run(tmp_path):

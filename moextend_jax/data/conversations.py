@@ -7,12 +7,13 @@ token, the end tag; a span is never cut. An item that is added to those of anoth
 the ids are those of the conversation without its mark and the line break behind it.
 
 `recipe.prompt` picks the template:
-  checkpoint  the base's own (`data/templates.py`), or that of the family which its tokens show; `mixtral` for
-              Mixtral-8x7B-Instruct and for tokenizers of its time that have no template.
+  checkpoint  the base's own (`data/templates.py`); without one its family's, or that of the family which its tokens
+              show; `mixtral` for Mixtral-8x7B-Instruct and for tokenizers of its time that have no template.
   mixtral     `<s> [INST] question [/INST] answer</s> [INST] ...`, as Mixtral-Instruct's own code tokenises it
               (each message after a space, messages stripped, a system turn before the first question); EOS after every
               answer.
-  chatml, llama3   a family's, on a base that has its tokens.
+  chatml, llama3, granite, glm4, ernie   a family's, on a base that has its tokens.
+  tulu        that of Tulu and OLMoE-Instruct, on any base: roles are text.
   released    the released code: `[INST]`, question, `[/INST]` and answer tokenised apart, special tokens that are
               spelled out in the text recognised, one EOS at the very end, which keeps its label but is masked from
               attention because it is also the pad token.

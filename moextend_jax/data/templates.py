@@ -29,8 +29,31 @@ LLAMA3 = (
 )
 
 
+GRANITE = (
+    "{% for message in messages %}<|start_of_role|>{{ message['role'] }}<|end_of_role|>{{ message['content'] }}"
+    "<|end_of_text|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start_of_role|>assistant<|end_of_role|>{% endif %}"
+)
+GLM4 = (
+    "[gMASK]<sop>{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+ERNIE = (
+    "<|begin_of_sentence|>{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}Assistant: {{ message['content'] }}</s>"
+    "{% else %}{{ 'User: ' if message['role'] == 'user' }}{{ message['content'] }}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant: {% endif %}"
+)
+TULU = (
+    "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}"
+    "{{ eos_token if message['role'] == 'assistant' }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+"""Tulu's, and OLMoE-Instruct's: roles are text, so that it fits every tokenizer."""
+
+
 class Family(NamedTuple):
-    """A template that many checkpoints share, and the control tokens that it writes."""
+    """A template that many checkpoints share, and the control tokens that it writes besides the end of a text."""
 
     source: str
     tokens: tuple[str, ...]
@@ -39,8 +62,13 @@ class Family(NamedTuple):
 FAMILIES: dict[str, Family] = {
     "chatml": Family(CHATML, ("<|im_start|>", "<|im_end|>")),
     "llama3": Family(LLAMA3, ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
+    "granite": Family(GRANITE, ("<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>")),
+    "glm4": Family(GLM4, ("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>")),
+    "ernie": Family(ERNIE, ("<|begin_of_sentence|>", "</s>")),
+    "tulu": Family(TULU, ()),
 }
-"""For checkpoints without a template of their own, known by their tokens. Mixtral's is in `writing.py`."""
+"""For checkpoints without a template of their own: known by their family of decoders (`families.Family.template`), else
+by their tokens. Mixtral's is in `writing.py`."""
 OTHERS = f"set recipe.prompt to {', '.join(FAMILIES)} or mixtral, or give the base another template"
 
 

@@ -17,7 +17,9 @@ from typing import Any, NamedTuple
 from moextend_jax.config import IMAGE, ImageTags, Medium, ModelConfig, MoextendError, Named
 from moextend_jax.data.pieces import JsonPieces, Pieces, SentencePieces
 from moextend_jax.data.tags import TAG_NAMES, byte_pieces, check_tags, image_tags, spare_ids
-from moextend_jax.data.templates import FAMILIES, Template, end_of, is_mixtral
+from moextend_jax.data.templates import FAMILIES as TEMPLATES
+from moextend_jax.data.templates import Template, end_of, is_mixtral
+from moextend_jax.families import FAMILIES
 
 _ASSETS = Path(__file__).parents[1] / "assets" / "hf"
 PICTURES, SOUNDS_END = _ASSETS / "pictures.jinja", _ASSETS / "sounds_end.jinja"
@@ -138,7 +140,8 @@ def tokenizer_of(directory: Path | str, config: ModelConfig, *, ends: Sequence[i
     """
     rows = config.decoder.vocab_size
     tags = None if config.tags == ImageTags() else config.tags
-    tokenizer = load_tokenizer(directory, tags=tags, rows=rows, ends=ends)
+    template = FAMILIES[config.decoder.family].template
+    tokenizer = load_tokenizer(directory, tags=tags, rows=rows, ends=ends, template=template)
     needed = 1 + max(tokenizer.pieces.count - 1, *tokenizer.prefix, *tokenizer.ends, *tokenizer.tags.ids)
     if needed > rows:
         raise MoextendError(
@@ -149,8 +152,9 @@ def tokenizer_of(directory: Path | str, config: ModelConfig, *, ends: Sequence[i
 
 
 def load_tokenizer(
-    directory: Path | str, *, tags: ImageTags | None = None, rows: int | None = None, ends: Sequence[int] = ()
-) -> Tokenizer:
+    directory: Path | str, *, tags: ImageTags | None = None, rows: int | None = None, ends: Sequence[int] = (),
+    template: str = "",
+) -> Tokenizer:  # fmt: skip
     """Reads a folder's tokenizer: `tokenizer.model` where it is there and `tokenizer.json`, if any, has no other pieces
     (a tune's added tokens stand there), else `tokenizer.json`.
 
@@ -158,6 +162,7 @@ def load_tokenizer(
       tags: None: those of `image_tags`; ids beyond the tokenizer's are rows that a checkpoint has appended.
       rows: of the model's vocabulary, where one is known. Those beyond the tokenizer's may become tags.
       ends: more ids that end an answer than the folder names.
+      template: which of `templates.FAMILIES` it is taught in if it brings none of its own; "": what its tokens show.
 
     Raises:
       MoextendError: no tokenizer, one that cannot be read, or tags that are something else in its vocabulary.
@@ -191,7 +196,7 @@ def load_tokenizer(
         eos=eos,
         ends=every_end,
         legacy=pieces.legacy,
-        prompt=_prompt(pieces, templates),
+        prompt=_prompt(pieces, templates, template),
         templates=templates,
         where=str(directory),
         spare=spare_ids(pieces, tags, rows=rows, busy=busy),
@@ -250,7 +255,7 @@ def _pieces(folder: Path, config: Mapping[str, Any], *, roles: Mapping[str, str]
             return pieces
     added = [token["content"] for token in described["added_tokens"]]
     written = _probe(template, roles)
-    families = (token for family in FAMILIES.values() for token in family.tokens)
+    families = (token for family in TEMPLATES.values() for token in family.tokens)
     control = {*roles.values(), *families, *(token for token in added if token in written)}
     return JsonPieces(described, where=folder, control=control)
 
@@ -301,14 +306,15 @@ def _without_pictures(source: str | None) -> str | None:
 
 
 def _probe(source: str | None, roles: Mapping[str, str]) -> str:
-    """What a template writes around a question, an answer and another question."""
+    """What a template writes around a question, an answer and another question, and a system turn if it knows any."""
     if source is None:
         return ""
-    messages = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
-    try:
-        return Template(source=source, where="", roles=roles, control={}).render(messages, open=True)
-    except MoextendError:
-        return ""
+    template = Template(source=source, where="", roles=roles, control={})
+    written, turns = "", ("user", "assistant", "user")
+    for said in (turns, ("system", *turns)):
+        with contextlib.suppress(MoextendError):
+            written += template.render([{"role": role, "content": "x"} for role in said], open=True)
+    return written
 
 
 def _templates(files: _Files, *, rows: int | None, folder: Path) -> dict[str, Template]:
@@ -320,7 +326,7 @@ def _templates(files: _Files, *, rows: int | None, folder: Path) -> dict[str, Te
         raise MoextendError(
             f"the chat template in {folder} writes {', '.join(beyond)}, but the model's vocabulary ends at row {rows}"
         )
-    sources = {name: family.source for name, family in FAMILIES.items() if control.keys() >= set(family.tokens)}
+    sources = {name: family.source for name, family in TEMPLATES.items() if control.keys() >= set(family.tokens)}
     if files.template is not None:
         sources["own"] = files.template
     return {
@@ -340,17 +346,20 @@ def _ends_of_templates(templates: Mapping[str, Template]) -> Iterator[int]:
             yield end_of(template)
 
 
-def _prompt(pieces: Pieces, templates: Mapping[str, Template]) -> str | None:
-    """A tokenizer without a template and with pieces for bytes is of Mixtral's and Llama 2's time."""
+def _prompt(pieces: Pieces, templates: Mapping[str, Template], template: str) -> str | None:
+    """Its own template's name, else that of its family or of its tokens. A tokenizer that has none of these but pieces
+    for bytes is of Mixtral's and Llama 2's time."""
     if "own" in templates:
         return "mixtral" if is_mixtral(templates["own"]) else "own"
-    known = next((name for name in FAMILIES if name in templates), None)
+    by_tokens = (name for name, family in TEMPLATES.items() if family.tokens)
+    known = next((name for name in (template, *by_tokens) if name in templates), None)
     return known or ("mixtral" if byte_pieces(pieces) else None)
 
 
 def _busy(files: _Files, ends: Iterable[int], templates: Mapping[str, Template]) -> frozenset[int]:
-    """Control tokens that have a use: those with a role, ends of answers, and what templates name."""
-    pieces, written = files.pieces, [template.source for template in templates.values()]
-    used = {token.id for piece, token in pieces.control.items() if any(piece in source for source in written)}
+    """Control tokens that have a use: those with a role, ends of answers, and what templates name or write."""
+    pieces = files.pieces
+    written = "\n".join(template.source + _probe(template.source, template.roles) for template in templates.values())
+    used = {token.id for piece, token in pieces.control.items() if piece in written}
     named = {pieces.piece_to_id(piece) for piece in files.roles.values()}
     return frozenset(id for id in (used | named | set(ends) | {pieces.first, pieces.unknown}) if id is not None)

@@ -60,7 +60,7 @@ def encoder_of(tokenizer: Tokenizer, recipe: Recipe) -> Encoder:
     if name is None:
         raise MoextendError(
             f"{tokenizer.where} has no chat template, and its tokens are of no family that is known: put a "
-            "chat_template.jinja there, or set recipe.prompt to mixtral"
+            "chat_template.jinja there, or set recipe.prompt to mixtral or tulu"
         )
     if name in TEMPLATES:
         return TEMPLATES[name]

@@ -64,4 +64,5 @@ FAMILY = Family(
     },
     beside=r"model\.mtp_.*",
     refusal=_refusal,
+    template="ernie",
 )  # fmt: skip

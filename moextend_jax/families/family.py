@@ -46,6 +46,8 @@ class Family(NamedTuple):
     fused: tensors that hold several of `names`.
     defaults: what transformers takes where a config.json inside a LLaVA's is silent.
     beside: pattern of tensors that published files hold besides; "LAYERS" in it is the number of layers.
+    template: a row of `data.templates.FAMILIES`, for checkpoints without a chat template of their own; "": their tokens
+    show it.
     refusal: of a config.json, what no table can say is wrong with it, or "".
     """
 
@@ -58,6 +60,7 @@ class Family(NamedTuple):
     fused: tuple[Fused, ...] = ()
     defaults: Mapping[str, Any] = {}
     beside: str = ""
+    template: str = ""
     refusal: Callable[[Mapping[str, Any]], str] = lambda attributes: ""
 
 

@@ -50,4 +50,5 @@ FAMILY = Family(
         },
     },
     beside=r"model\.layers\.LAYERS\..*",
+    template="glm4",
 )  # fmt: skip

@@ -43,4 +43,5 @@ FAMILY = Family(
         "granite-3.1-3b-a800m-base": _3B, "granite-3.1-3b-a800m-instruct": _3B,
     },
     fused=(Fused(_IN, ("gate", "up")), Fused(_OUT, ("down",))),
+    template="granite",
 )  # fmt: skip

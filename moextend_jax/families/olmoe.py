@@ -25,4 +25,5 @@ FAMILY = Family(
     fields={"qk_norm": "whole", "normalised": False},
     constants={"hidden_act": "silu", "attention_bias": False},
     published={"OLMoE-1B-7B-0924": _1B_7B, "OLMoE-1B-7B-0924-Instruct": _1B_7B},
+    template="tulu",
 )  # fmt: skip

@@ -42,4 +42,5 @@ FAMILY = Family(
         "hidden_act": "silu", "decoder_sparse_step": 1, "mlp_only_layers": [], "use_sliding_window": False,
     },
     published={"Qwen1.5-MoE-A2.7B": _A27B, "Qwen1.5-MoE-A2.7B-Chat": _A27B, "Qwen2-57B-A14B": _57B},
+    template="chatml",
 )  # fmt: skip

@@ -35,4 +35,5 @@ FAMILY = Family(
         "Qwen3-Coder-30B-A3B-Instruct": _30B | {"rope_theta": 1e7},
         "Qwen3-235B-A22B": _SIZES | {"width": 4096, "hidden": 1536, "layers": 94, "heads": 64},
     },
+    template="chatml",
 )  # fmt: skip

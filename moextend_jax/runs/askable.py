@@ -23,6 +23,7 @@ from moextend_jax.checkpoints.loading import Checkpoint, Source, open_checkpoint
 from moextend_jax.config import ADDITIONS, IMAGE, RECIPES, ModelConfig, MoextendError, Recipe
 from moextend_jax.data.tokenizer import Tokenizer, tokenizer_of
 from moextend_jax.data.writing import template_identity
+from moextend_jax.families import FAMILIES
 from moextend_jax.folders import absolute
 from moextend_jax.lock import locked
 from moextend_jax.mesh import make_mesh
@@ -281,7 +282,7 @@ def _of_checkpoint(checkpoint: Checkpoint, place: Place, *, mesh: Mesh, sizes: E
     def is_plain() -> bool:
         if config.media or _has_template(source.files):
             return False
-        return opened.tokenizer.prompt in (None, "mixtral")
+        return opened.tokenizer.prompt in (None, "mixtral", FAMILIES[config.decoder.family].template)
 
     opened = Askable(
         name=name,
