@@ -158,6 +158,6 @@ def unknown_medium(id: str, marks: Iterable[str], media: Mapping[str, Medium], *
     unknown = next((mark for mark in marks if mark not in known), None)
     if unknown is None:
         return None
-    having = f"there are {', '.join(f'{name} {medium.mark}' for name, medium in media.items())}"
+    having = f"there are {', '.join(f'{name} {medium.mark}' for name, medium in media.items()) or 'none'}"
     message = f"{where or f'example {id}'} has an item {unknown!a:.80}, and the run has no such medium; {having}"
     return Fault(f"{message}; `media` of a configuration adds one, as own:sounds has <audio>", "unknown_medium", id)
