@@ -6,9 +6,9 @@ WORKDIR /moextend
 COPY pyproject.toml requirements.txt constraints.txt README.md LICENSE ./
 COPY configs configs
 COPY moextend_jax moextend_jax
-# jax[tpu] brings the libtpu of the JAX that is already pinned.
+# tpu: the libtpu of the JAX that is then there.
 RUN pip install --no-cache-dir -c constraints.txt ".[gcs]" \
-    && pip install --no-cache-dir "jax[tpu]==$(python -c 'import importlib.metadata as m; print(m.version("jax"))')" \
+    && pip install --no-cache-dir -c requirements.txt ".[tpu]" \
     && moextend --version
 
 # The command of a JobSet or of XPK stands in its place: `moextend run ...`

@@ -13,7 +13,6 @@ else # Ubuntu 22.04 has Python 3.10 alone, 26.04 has 3.14, which is not supporte
     [ -x "$HOME/.local/bin/uv" ] || "$python" -m pip install -qq --user uv
     "$HOME/.local/bin/uv" venv -q --allow-existing --seed --python 3.12 .venv
 fi
-# gcs: work directories and data may be gs:// paths. jax[tpu] brings the libtpu of the JAX that is already pinned.
+# gcs: work directories and data may be gs:// paths. tpu: the libtpu of the JAX that is then there.
 .venv/bin/python -m pip install -qq -c constraints.txt -e ".[gcs]"
-jax=$(.venv/bin/python -c 'import importlib.metadata as m; print(m.version("jax"))')
-.venv/bin/python -m pip install -qq "jax[tpu]==$jax"
+.venv/bin/python -m pip install -qq -e ".[tpu]"

@@ -104,8 +104,7 @@ def version(name: str) -> str:
 
 def needed_extra() -> str:
     """What drives this machine's accelerator; "" where that is not to be used."""
-    extra = {"gpu": "gpu", "tpu": "plan"}.get(machine.accelerator(), "")
-    return "" if os.environ.get("JAX_PLATFORMS") == "cpu" else extra
+    return "" if os.environ.get("JAX_PLATFORMS") == "cpu" else machine.accelerator()
 
 
 def ask(command: Sequence[str], *, timeout: float) -> list[Finding]:

@@ -67,11 +67,12 @@ def test_packages_are_held_against_the_pins_and_extras_against_the_machine(monke
     monkeypatch.setattr(doctor, "version", lambda name: versions.get(name, version(name)))
     findings = by_part(doctor.packages())
     assert findings[core] == Finding(core, "numpy 1.0", "note", "pip install moextend-jax")
-    assert {findings[f"{core}[{extra}]"].verdict for extra in ("plan", "gcs")} == {"note"}
+    assert {findings[f"{core}[{extra}]"].verdict for extra in ("plan", "tpu", "gcs")} == {"note"}
     assert findings[f"{core}[gcs]"].mend == 'pip install "moextend-jax[gcs]"'
     monkeypatch.delenv("JAX_PLATFORMS")
     monkeypatch.setattr(doctor.machine, "accelerator", lambda: "tpu")
-    assert by_part(doctor.packages())[f"{core}[plan]"].verdict == "missing"
+    findings = by_part(doctor.packages())
+    assert (findings[f"{core}[tpu]"].verdict, findings[f"{core}[plan]"].verdict) == ("missing", "note")
     versions["flax"] = ""
     assert by_part(doctor.packages())[core].verdict == "missing"
     monkeypatch.setattr(doctor.metadata, "requires", lambda _: ["absent", "numpy"])  # in any version

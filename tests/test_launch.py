@@ -186,10 +186,10 @@ def test_a_tpu_host_whose_python_is_too_old_or_too_new_takes_uv(noted, tmp_path:
     home.mkdir(parents=True, exist_ok=True)
     environment = {"PATH": str(host), "HOME": str(tmp_path / "home")}
     subprocess.run(["/bin/sh", str(script)], env=environment, check=True)
-    *before, made, ours, jax = map(json.loads, noted.file.read_text().splitlines())
+    *before, made, ours, tpu = map(json.loads, noted.file.read_text().splitlines())
     assert before == ([] if with_uv else [["python3 of the host", "-m", "pip", "install", "-qq", "--user", "uv"]])
     assert made == ["uv", "venv", "-q", "--allow-existing", "--seed", "--python", "3.12", ".venv"]
-    assert ours[-2:] == ["-e", ".[gcs]"] and jax[-1] == "jax[tpu]==1.2"
+    assert ours[-4:] == ["-c", "constraints.txt", "-e", ".[gcs]"] and tpu[-3:] == ["-qq", "-e", ".[tpu]"]
 
 
 def test_xpk(noted):
