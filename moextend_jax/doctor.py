@@ -155,11 +155,11 @@ def layer() -> Any:
     """The parts of a layer that have kernels of their own by platform."""
     import jax.numpy as jnp
 
-    from moextend_jax.models.attention import KeysValues, Visible, attend
+    from moextend_jax.models.attention import Visible, attend
     from moextend_jax.models.experts import swiglu
 
     heads_BLNH, w_GDF = jnp.zeros((1, 512, 4, 128), jnp.bfloat16), jnp.zeros((4, 256, 256), jnp.bfloat16)
-    y_BLNH = attend(heads_BLNH, KeysValues(heads_BLNH, heads_BLNH), Visible.in_rows(jnp.ones((1, 512), int)))
+    y_BLNH = attend(heads_BLNH, heads_BLNH, heads_BLNH, Visible.in_rows(jnp.ones((1, 512), int)))
     x_RD, sizes_G = heads_BLNH.reshape(1024, 256), jnp.full(4, 256)
     return y_BLNH, swiglu(x_RD, x_RD[:, :1], ((w_GDF, w_GDF, w_GDF),), sizes_G)
 

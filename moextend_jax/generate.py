@@ -46,7 +46,7 @@ class Sampling(NamedTuple):
 class Heads(NamedTuple):
     """The cache of what rows have read before their tails.
 
-    past: keys and values `[Z, B, S, K, H]`. length_B: how many of the S positions a row uses.
+    past: keys and values `[Z, B, K, S, H]`. length_B: how many of the S positions a row uses.
     shares: which extensions the text behind each head may choose, `[B]` (`models.moextend.shares_of_text`).
     """
 
@@ -62,7 +62,7 @@ class State(NamedTuple):
     position_B: the position of that id.
     seen_BS: which slots of the cache a row attends to.
     shares: which extensions a row's text may choose, `[B]` by name.
-    past: the cache, keys and values `[Z, B, S, K, H]`.
+    past: the cache, keys and values `[Z, B, K, S, H]`.
     slot: where in the cache the newest ids go, one for all rows.
     count: ids of a row so far, by which `key` is folded for the next draw.
     temperature: of the draws; programs are compiled for all.
@@ -121,11 +121,11 @@ class Generator:
     # --- heads --------------------------------------------------------------------------------------------------------
 
     def no_heads(self, *, rows: int, length: int) -> KeysValues:
-        """Zero keys and values `[Z, B, S, K, H]` for the heads of B = `rows` rows of S = `length` tokens, for `read` to
+        """Zero keys and values `[Z, B, K, S, H]` for the heads of B = `rows` rows of S = `length` tokens, for `read` to
         fill."""
         sizes = self.model.config.decoder
-        shape = (self.model.config.cached_layers, rows, length, sizes.kv_heads, sizes.head_size)
-        sharding = NamedSharding(self.mesh, spec("ZBSKH", shape, self.mesh))
+        shape = (self.model.config.cached_layers, rows, sizes.kv_heads, length, sizes.head_size)
+        sharding = NamedSharding(self.mesh, spec("ZBKSH", shape, self.mesh))
         return _zeros(shape, self.model.config.dtype, sharding)
 
     def read(self, arrays: Arrays, heads: Batch, past: KeysValues, rows_B: jax.Array) -> KeysValues:
@@ -248,12 +248,12 @@ def _read(model: MoExtend, arrays: Arrays, heads: Batch, *, past: KeysValues, ro
     new = with_arrays(model, arrays)(heads, skip_padding=True).keys_values
 
     def put(old: jax.Array, new: jax.Array) -> jax.Array:
-        def local(old_ZBSKH, new_ZBSKH, rows_B):
-            taken_ZBSKH = jnp.take(new_ZBSKH, jnp.maximum(rows_B, 0), axis=1)
-            return jnp.where((rows_B >= 0)[None, :, None, None, None], taken_ZBSKH, old_ZBSKH)
+        def local(old_ZBKSH, new_ZBKSH, rows_B):
+            taken_ZBKSH = jnp.take(new_ZBKSH, jnp.maximum(rows_B, 0), axis=1)
+            return jnp.where((rows_B >= 0)[None, :, None, None, None], taken_ZBKSH, old_ZBKSH)
 
-        split = shards("ZBSKH", old.shape)
-        ins = (split, Shards("ZBSKH", split.split), Shards("B", (split.over("B"),)))
+        split = shards("ZBKSH", old.shape)
+        ins = (split, Shards("ZBKSH", split.split), Shards("B", (split.over("B"),)))
         return map_shards(local, ins, split)(old, new.astype(old.dtype), rows_B)
 
     return KeysValues(*(put(cached, heads_only) for cached, heads_only in zip(past, new, strict=True)))
@@ -262,7 +262,7 @@ def _read(model: MoExtend, arrays: Arrays, heads: Batch, *, past: KeysValues, ro
 class _Prefilled(NamedTuple):
     """Hidden states of all positions of some prompts, and the cache after them.
 
-    past: keys and values `[Z, B, S, K, H]` of heads, then of the prompts, then zeros for new tokens.
+    past: keys and values `[Z, B, K, S, H]` of heads, then of the prompts, then zeros for new tokens.
     seen_BS: which of these S a row attends to.
     shares: which extensions a row's further text may choose, `[B]` by name.
     """
@@ -281,7 +281,7 @@ def _prefilled(loaded: MoExtend, prompts: Batch, heads: Heads | None, *, room: i
         decoded, past, seen_BS = loaded(prompts, skip_padding=True), [], real_BL
         shares = shares_of_text(prompts, loaded.config)
     else:
-        head_BS = jnp.arange(heads.past.keys_BSKH.shape[2])[None, :] < heads.length_B[:, None]
+        head_BS = jnp.arange(heads.past.keys_BKSH.shape[3])[None, :] < heads.length_B[:, None]
         head_B1LS = jnp.broadcast_to(head_BS[:, None, None, :], (B, 1, L, head_BS.shape[1]))
         mask_B1LS = jnp.concatenate([head_B1LS, segment_mask(prompts.segments_BL)], axis=-1)
         past, seen_BS, shares = [heads.past], jnp.concatenate([head_BS, real_BL], axis=1), heads.shares
@@ -294,9 +294,9 @@ def _prefilled(loaded: MoExtend, prompts: Batch, heads: Heads | None, *, room: i
             shares=_over_tokens(shares, L),
         )
     empty = jax.tree.map(
-        lambda kv: jnp.zeros((*kv.shape[:2], room, *kv.shape[3:]), kv.dtype), decoded.keys_values
+        lambda kv: jnp.zeros((*kv.shape[:3], room, kv.shape[4]), kv.dtype), decoded.keys_values
     )  # fmt: skip
-    past = jax.tree.map(lambda *pieces: jnp.concatenate(pieces, axis=2), *past, decoded.keys_values, empty)
+    past = jax.tree.map(lambda *pieces: jnp.concatenate(pieces, axis=3), *past, decoded.keys_values, empty)
     return _Prefilled(decoded.hidden_BLD, past, jnp.pad(seen_BS, ((0, 0), (0, room))), shares)
 
 
@@ -376,7 +376,7 @@ def _decode(loaded: MoExtend, state: State) -> tuple[jax.Array, KeysValues, jax.
         shares=_over_tokens(state.shares, 1),
     )
     past = jax.tree.map(
-        lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, state.slot, axis=2),
+        lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, state.slot, axis=3),
         state.past,
         decoded.keys_values,
     )

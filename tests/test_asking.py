@@ -147,10 +147,10 @@ def test_logits_are_the_same_to_the_bit_wherever_a_row_stands(with_heads: bool):
         state = who.generator._prefill(
             who.arrays, tails, heads, jax.random.key(0), 0.0, room=NEW - 1, top_k=1
         )  # fmt: skip
-        found.append(np.asarray(state.past.keys_BSKH[:, row]))
+        found.append(np.asarray(state.past.keys_BKSH[:, row]))
         state, _ = who.generator._advance(who.arrays, state=state, steps=2, top_k=1)
-        keys_ZSKH = np.asarray(state.past.keys_BSKH[:, row])  # what every layer made of the tokens said
-        seen.append((row, [*found, keys_ZSKH[:, np.asarray(state.seen_BS[row])]]))
+        keys_ZKSH = np.asarray(state.past.keys_BKSH[:, row])  # what every layer made of the tokens said
+        seen.append((row, [*found, keys_ZKSH[:, :, np.asarray(state.seen_BS[row])]]))
     assert len({row for row, _ in seen}) > 3
     for _, arrays_here in seen[1:]:
         for one, other in zip(seen[0][1], arrays_here, strict=True):

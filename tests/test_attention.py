@@ -111,14 +111,14 @@ def test_grouped_heads_equal_a_loop():
 def test_one_position_at_a_time_after_its_past():
     this = attention()
     whole_BLD, whole = this(X_BLD, turn(POSITIONS_BL), Visible.in_rows(jnp.ones((B, L), jnp.int32)))
-    past = KeysValues(*(jnp.full((B, L, K, H), 9.0) for _ in range(2)))  # room, of which only what is filled is seen
+    past = KeysValues(*(jnp.full((B, K, L, H), 9.0) for _ in range(2)))  # room, of which only what is filled is seen
     for at in range(L):
         seen_B11S = jnp.broadcast_to(jnp.append(jnp.arange(L) < at, True), (B, 1, 1, L + 1))
         x_B1D, turn_B1 = X_BLD[:, at : at + 1], turn(jnp.full((B, 1), at))
         y_B1D, present = this(x_B1D, turn_B1, Visible(mask_B1LS=seen_B11S), past)
         np.testing.assert_allclose(y_B1D[:, 0], whole_BLD[:, at], atol=1e-5, rtol=0)
-        past = KeysValues(*(old.at[:, at].set(new[:, 0]) for old, new in zip(past, present, strict=True)))
-    np.testing.assert_allclose(past.keys_BSKH, whole.keys_BSKH, atol=1e-5, rtol=0)
+        past = KeysValues(*(old.at[:, :, at].set(new[:, :, 0]) for old, new in zip(past, present, strict=True)))
+    np.testing.assert_allclose(past.keys_BKSH, whole.keys_BKSH, atol=1e-5, rtol=0)
 
 
 # --- on GPU ---------------------------------------------------------------------------------------------------------
@@ -134,8 +134,7 @@ def layers_of(length: int, head_size: int, *, saved: tuple[str, ...], dtype=jnp.
     """The program of two rematerialised attention layers and their gradients, less what nobody reads."""
 
     def layer(x_BLNH, _):
-        present = KeysValues(x_BLNH[:, :, :2], x_BLNH[:, :, :2])
-        return attend(x_BLNH, present, Visible.in_rows(segments_BL)), None
+        return attend(x_BLNH, x_BLNH[:, :, :2], x_BLNH[:, :, :2], Visible.in_rows(segments_BL)), None
 
     def total(x_BLNH):
         kept = jax.checkpoint(layer, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(*saved))

@@ -13,7 +13,6 @@ from tiny import few
 
 from moextend_jax.models import attention, attention_triton, grouped_triton
 from moextend_jax.models.attention import (
-    KeysValues,
     Visible,
     Window,
     attend,
@@ -210,7 +209,7 @@ def test_so_does_it_with_sinks_and_a_window(S: int, is_local: bool):
     window = Window(jnp.array(is_local), 9)
 
     def by(visible: Visible):
-        return lambda q, k, v, sinks: attend(q, KeysValues(k, v), visible, window=window, sinks_N=sinks)
+        return lambda q, k, v, sinks: attend(q, k, v, visible, window=window, sinks_N=sinks)
 
     assert_same_with_gradients(by(rows), by(rows._replace(mask_B1LS=None)), query, key, value, normal(N), dy=dy)
     far = jnp.zeros((B, S, N, H)).at[0, 30].set(1.0)  # the gradient of keys is zero beyond a window
@@ -246,7 +245,7 @@ def by_mask(query, key, value, sinks_N, segments_BS, window: int | None) -> jax.
 def on_this_platform(query, key, value, sinks_N, segments_BS, window: int | None) -> jax.Array:
     visible = Visible(jnp.asarray(segments_BS), segment_mask(jnp.asarray(segments_BS)))
     sight = None if window is None else Window(True, window)
-    return attend(query, KeysValues(key, value), visible, window=sight, sinks_N=sinks_N)
+    return attend(query, key, value, visible, window=sight, sinks_N=sinks_N)
 
 
 def in_kernels(query, key, value, sinks_N, segments_BS, window: int | None) -> jax.Array:

@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moextend_jax.config import Batch, DecoderConfig, ExtensionConfig, ModelConfig, of_pictures
-from moextend_jax.generate import Generator
+from moextend_jax.generate import Generator, State
 from moextend_jax.mesh import rows_sharding
 from moextend_jax.models.attention import KeysValues, Visible, attend
 from moextend_jax.models.decoder import Extension, MoE
@@ -165,7 +165,7 @@ def test_rows_of_an_odd_length_take_no_memory_for_all_pairs_of_positions():
     query, keys, segments = (jax.ShapeDtypeStruct(shape, dtype, sharding=whole) for shape, dtype in shapes)
 
     def total(query, key, value, segments_BL):
-        y_BLNH = attend(query, KeysValues(key, value), Visible.in_rows(segments_BL))
+        y_BLNH = attend(query, key, value, Visible.in_rows(segments_BL))
         return y_BLNH.astype(jnp.float32).sum()
 
     specs = {"in_specs": (PartitionSpec(),) * 4, "out_specs": (PartitionSpec(),) * 3, "check_vma": False}
@@ -193,6 +193,31 @@ def test_generation_is_lowered_for_several_chips():
     prefill = Generator(model, eos=2, mesh=mesh)._prefill
     lowered = prefill.lower(arrays, Batch(rows, rows, rows, rows, rows), None, key, 0.0, room=15, top_k=1)
     assert "tpu_custom_call" in lowered.as_text()
+
+
+@pytest.mark.slow
+def test_a_token_copies_nothing_of_the_cache():
+    """Of a model whose layers are two stacks, with sinks and windows, and 537 MB of keys and values on each chip."""
+    mesh = topology.make_mesh(topology.parse("v5e:2x2"), dict(zip(MESH_AXES, (4, 1, 1, 1), strict=True)))
+    B, S = 32, 4096
+    sizes = DecoderConfig(
+        vocab_size=512, width=256, hidden=256, layers=4, heads=16, kv_heads=8, head_size=128, dense_layers=1,
+        dense_hidden=256, sinks=True, local=(False, True, False, True), local_window=128,
+    )  # fmt: skip
+
+    def shaped(shape: tuple[int, ...], dtype: Any, *split: str | None) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*split)))
+
+    model = abstract(ModelConfig(decoder=sizes))
+    params = by_path(nnx.state(model, nnx.Param))
+    arrays = {path: shaped(param.shape, param.dtype) for path, param in params.items()}
+    cache, ids_B = shaped((4, B, 8, S, 128), jnp.bfloat16, None, "data"), shaped((B,), jnp.int32, "data")
+    ended_B, seen_BS, one = shaped((B,), bool, "data"), shaped((B, S), bool, "data"), shaped((), jnp.int32)
+    key, warmth = shaped((), jax.random.key(0).dtype), shaped((), jnp.float32)
+    state = State(ids_B, ended_B, ids_B, seen_BS, {}, KeysValues(cache, cache), one, one, key, warmth)
+    advance = Generator(model, eos=2, mesh=mesh)._advance
+    used = advance.lower(arrays, state=state, steps=8, top_k=1).compile().memory_analysis()
+    assert used is not None and used.temp_size_in_bytes < 0.02 * 537e6
 
 
 @pytest.mark.parametrize("which", [pytest.param("some", marks=pytest.mark.slow), pytest.param("all", marks=long)])

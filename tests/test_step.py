@@ -274,5 +274,5 @@ def test_activations_keep_the_dtype_of_the_model():
 
     params = list(zip(tiny.arrays(config).items(), by_path(nnx.state(structure, nnx.Param)).values(), strict=True))
     decoded = jax.eval_shape(run, tiny.batch())
-    assert decoded.hidden_BLD.dtype == decoded.keys_values.keys_BSKH.dtype == jnp.bfloat16
+    assert decoded.hidden_BLD.dtype == decoded.keys_values.keys_BKSH.dtype == jnp.bfloat16
     assert decoded.routing.weights_Tk.dtype == jnp.float32

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Sequence
 from typing import NamedTuple, cast
 
+import einops
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -26,10 +27,11 @@ from moextend_jax.sharding import Shards, map_shards, module_shards, platform, s
 
 
 class KeysValues(NamedTuple):
-    """Rotated keys and values of S positions; with a leading Z where layers are stacked."""
+    """Rotated keys and values of S positions, as a cache has them: products with a head's read them in one piece. With
+    a leading Z where layers are stacked."""
 
-    keys_BSKH: jax.Array
-    values_BSKH: jax.Array
+    keys_BKSH: jax.Array
+    values_BKSH: jax.Array
 
 
 class Rotation(NamedTuple):
@@ -102,7 +104,7 @@ class Attention(nnx.Module):
         apart = x_split.over("L")  # mesh axes that split positions between the layers
         heads = splits["key"].over("K")  # those that split heads inside; none if the key heads do not divide
         heads = heads if heads == splits["query"].over("N") else ()
-        keys_split = Shards("BSKH", (x_split.over("B"), (), heads, ()))
+        cache_split = Shards("BKSH", (x_split.over("B"), heads, (), ()))
         rows = Shards("B", (x_split.over("B"),))
         lows = [module_shards(of.module.attention) for of in adapted]
         scales, tokens = [of.scale_BL1(x_BLD) for of in adapted], Shards("BL", x_split.split[:2])
@@ -147,11 +149,12 @@ class Attention(nnx.Module):
             query_BSNH = checkpoint_name(rotate(query_BSNH, rotation), "query")
             key_BSKH = checkpoint_name(rotate(key_BSKH, rotation), "key")
             value_BSKH = checkpoint_name(made("value", "BSD,DKH->BSKH", x_BSD, w, more("value")), "value")
-            present = in_sight = KeysValues(key_BSKH, value_BSKH)
-            if past is not None:
-                in_sight = KeysValues(*(jnp.concatenate(pair, axis=1) for pair in zip(past, present, strict=True)))
-            window = None if is_local is None else Window(is_local, self.config.local_window)
-            y_BSNH = attend(query_BSNH, in_sight, visible, window=window, sinks_N=w.get("sinks"))
+            present = KeysValues(*(jnp.swapaxes(made_BSKH, 1, 2) for made_BSKH in (key_BSKH, value_BSKH)))
+            window, sinks_N = None if is_local is None else Window(is_local, self.config.local_window), w.get("sinks")
+            if past is None:
+                y_BSNH = attend(query_BSNH, key_BSKH, value_BSKH, visible, window=window, sinks_N=sinks_N)
+            else:
+                y_BSNH = attend_behind(query_BSNH, past, present, visible, window=window, sinks_N=sinks_N)
             y_BLD = own_positions(jnp.einsum("BSNH,NHD->BSD", y_BSNH, w["out"]), apart=apart, heads=heads)
             for leaves, scale_BLr, weigh in low:
                 z_BSr = jnp.einsum("BSNH,NHr->BSr", y_BSNH, leaves["out/a"])
@@ -160,8 +163,8 @@ class Attention(nnx.Module):
             return y_BLD if "out_bias" not in w else y_BLD + w["out_bias"][None, None], present
 
         # Arguments that are None have no leaves, so their specs are ignored.
-        ins = (x_split, splits, rows, rows, keys_split, Shards("", ()), [of[1] for of in lows], tokens)
-        run = map_shards(local, ins, (x_split, keys_split))
+        ins = (x_split, splits, rows, rows, cache_split, Shards("", ()), [of[1] for of in lows], tokens)
+        run = map_shards(local, ins, (x_split, cache_split))
         return run(x_BLD, arrays, rotation, visible, past, is_local, [of[0] for of in lows], scales)
 
 
@@ -191,31 +194,54 @@ class Window(NamedTuple):
 
 
 def attend(
-    query_BSNH: jax.Array, present: KeysValues, visible: Visible, *, window: Window | None = None,
-    sinks_N: jax.Array | None = None,
+    query_BSNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array, visible: Visible, *,
+    window: Window | None = None, sinks_N: jax.Array | None = None,
 ) -> jax.Array:  # fmt: skip
-    """`y_BSNH`; the kernel by platform, and by whether whole rows or a cache are attended to."""
+    """`y_BSNH` of whole rows; the kernel by platform."""
     if visible.mask_B1LS is None:
         assert visible.segments_BL is not None
-        whole = functools.partial(splash, query_BSNH, *present, visible.segments_BL, sinks_N=sinks_N)
+        whole = functools.partial(splash, query_BSNH, key_BSKH, value_BSKH, visible.segments_BL, sinks_N=sinks_N)
         if window is None:
             return whole()
         return jax.lax.cond(window.is_local, functools.partial(whole, window=window.tokens), whole)
     if visible.segments_BL is not None and platform() == "gpu":
         tokens = None if window is None else jnp.where(window.is_local, window.tokens, query_BSNH.shape[1])
         return attention_triton.causal_attention(
-            query_BSNH, *present, *conversations(visible.segments_BL), window=tokens, sinks_N=sinks_N
+            query_BSNH, key_BSKH, value_BSKH, *conversations(visible.segments_BL), window=tokens, sinks_N=sinks_N
         )
     mask_B1LS = visible.mask_B1LS if window is None else _within(window, visible)
     if visible.segments_BL is not None and query_BSNH.shape[1] > blocked_attention.BLOCK and platform() == "cpu":
-        return blocked_attention.causal_attention(query_BSNH, *present, mask_B1LS, sinks_N)
+        return blocked_attention.causal_attention(query_BSNH, key_BSKH, value_BSKH, mask_B1LS, sinks_N)
     bias = None
     if sinks_N is not None:  # one more key that all see, whose logit is a bias and whose value is zero
-        present = KeysValues(*(jnp.pad(array, ((0, 0), (0, 1), (0, 0), (0, 0))) for array in present))
+        key_BSKH, value_BSKH = (jnp.pad(array, ((0, 0), (0, 1), (0, 0), (0, 0))) for array in (key_BSKH, value_BSKH))
         mask_B1LS = jnp.pad(mask_B1LS, ((0, 0), (0, 0), (0, 0), (0, 1)), constant_values=True)
         bias = jnp.pad(sinks_N[None, :, None, None], ((0, 0), (0, 0), (0, 0), (mask_B1LS.shape[-1] - 1, 0)))
-    y_BSNH = jax.nn.dot_product_attention(query_BSNH, *present, bias=bias, mask=mask_B1LS)
+    y_BSNH = jax.nn.dot_product_attention(query_BSNH, key_BSKH, value_BSKH, bias=bias, mask=mask_B1LS)
     return checkpoint_name(y_BSNH, "attended")
+
+
+def attend_behind(
+    query_BLNH: jax.Array, past: KeysValues, present: KeysValues, visible: Visible, *, window: Window | None = None,
+    sinks_N: jax.Array | None = None,
+) -> jax.Array:  # fmt: skip
+    """`y_BLNH` of positions behind a cache, whose keys and values are multiplied where they lie: joined to those of
+    these positions, the whole cache would be copied for each token."""
+    mask_B1LS = visible.mask_B1LS if window is None else _within(window, visible)
+    assert mask_B1LS is not None
+    query_BKGLH = einops.rearrange(query_BLNH, "B L (K G) H -> B K G L H", K=present.keys_BKSH.shape[1])
+    parts, product = (past, present), functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    logits = [product("BKGLH,BKSH->BKGLS", query_BKGLH, part.keys_BKSH) for part in parts]
+    logits_BKGLS = jnp.concatenate(logits, axis=-1) * query_BLNH.shape[-1] ** -0.5
+    logits_BKGLS = jnp.where(mask_B1LS[:, None], logits_BKGLS, jnp.finfo(jnp.float32).min)
+    if sinks_N is not None:  # one more key that all see, whose value is zero
+        sinks_KG = sinks_N.astype(jnp.float32).reshape(query_BKGLH.shape[1:3])
+        sinks_BKGL = jnp.broadcast_to(sinks_KG[None, :, :, None], query_BKGLH.shape[:4])
+        logits_BKGLS = jnp.concatenate([logits_BKGLS, sinks_BKGL[..., None]], axis=-1)
+    weights_BKGLS = jax.nn.softmax(logits_BKGLS).astype(query_BLNH.dtype)
+    split = jnp.split(weights_BKGLS[..., : mask_B1LS.shape[-1]], [past.keys_BKSH.shape[2]], axis=-1)
+    made = [product("BKGLS,BKSH->BKGLH", of, part.values_BKSH) for of, part in zip(split, parts, strict=True)]
+    return einops.rearrange(sum(made), "B K G L H -> B L (K G) H").astype(query_BLNH.dtype)
 
 
 def _within(window: Window, visible: Visible) -> jax.Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
@@ -160,7 +161,7 @@ def run_layers(
       real_BL: tokens that experts compute, None: all. Experts skip the others (padding).
     """
     sizes = config.decoder
-    check_length(x_BLD.shape[1] + (past.keys_BSKH.shape[2] if past else 0), sizes)
+    check_length(x_BLD.shape[1] + (past.keys_BKSH.shape[3] if past else 0), sizes)
     layers = _Layers(
         decoder,
         config,
@@ -170,19 +171,20 @@ def run_layers(
         adapters={name: adapters[name] for name in config.adapters if name in shares},
         blocks={name: blocks[name] for name in config.blocks if name in shares},
         shares=shares,
+        past=past,
         real_BL=real_BL,
     )
     x_BLD, first = constrain(x_BLD, "BLd"), sizes.dense_layers
     local = (jnp.array(sizes.local[:first]), jnp.array(sizes.local[first:])) if sizes.local else (None, None)
     stacks, of_sets, of_blocks = [], {}, None
     if decoder.dense is not None:
-        early = _Slices(past=jax.tree.map(lambda array: array[:first], past), is_local=local[0])
+        early = _Slices(cached=jnp.arange(first), is_local=local[0])
         x_BLD, (_, keys_values) = layers.scan(decoder.dense, x_BLD, early)
         stacks.append(keys_values)
-    slices = layers.slices(past=jax.tree.map(lambda array: array[first : sizes.layers], past), is_local=local[1])
+    slices = layers.slices(is_local=local[1])
     above = config.gradient_from - sizes.routed.start
     if layers.blocks:
-        x_BLD, (routing, keys_values), of_sets = layers.scan_groups(x_BLD, slices, past)
+        x_BLD, (routing, keys_values), of_sets = layers.scan_groups(x_BLD, slices)
         of_blocks = jax.tree.map(lambda *sets: jnp.concatenate(sets), *(routing for routing, _ in of_sets.values()))
         of_blocks = _numbered(of_blocks, config=config, names=())
     elif above > 0:
@@ -203,13 +205,13 @@ def run_layers(
 
 class _Slices(NamedTuple):
     """What a layer has of its own besides its parameters, stacked over the layers of a scan: its number among those
-    that route, its part of each extension and adapter (a dense layer and a block have none), its keys and values of
-    earlier positions, and whether its attention is local."""
+    that route, its part of each extension and adapter (a dense layer and a block have none), its place in the cache,
+    and whether its attention is local."""
 
     number: Any = None
     slots: Any = ()
     adapters: Any = ()
-    past: Any = None
+    cached: Any = None
     is_local: Any = None
 
 
@@ -220,19 +222,21 @@ class _Layers:
     def __init__(
         self, decoder: Decoder, config: ModelConfig, *, turns: Rotation, visible: Visible,
         extensions: Mapping[str, Extension], adapters: Mapping[str, Adapter], blocks: Mapping[str, DecoderLayers],
-        shares: Mapping[str, jax.Array | None], real_BL: jax.Array | None,
+        shares: Mapping[str, jax.Array | None], past: KeysValues | None, real_BL: jax.Array | None,
     ):  # fmt: skip
         self.decoder, self.config, self.turns, self.visible = decoder, config, turns, visible
-        self.extensions, self.blocks, self.shares, self.real_BL = extensions, blocks, shares, real_BL
+        self.extensions, self.blocks, self.shares = extensions, blocks, shares
+        self.past, self.real_BL = past, real_BL
         routed = config.decoder.routed
         self.slots = tuple(_slots(of, config.extensions[name], routed) for name, of in extensions.items())
         self.adapters = {name: nnx.split(of) for name, of in adapters.items()}
 
-    def slices(self, *, past: KeysValues | None, is_local: jax.Array | None) -> _Slices:
+    def slices(self, *, is_local: jax.Array | None) -> _Slices:
         """Those of all layers that route."""
-        numbers = jnp.arange(len(self.config.decoder.routed))
+        routed = self.config.decoder.routed
         stacked = tuple(stacked for _, stacked in self.adapters.values())
-        return _Slices(numbers, tuple(slot.scanned for slot in self.slots), stacked, past, is_local)
+        scanned = tuple(slot.scanned for slot in self.slots)
+        return _Slices(jnp.arange(len(routed)), scanned, stacked, jnp.array(routed), is_local)
 
     def scan(self, stack: DecoderLayers, x_BLD: jax.Array, slices: _Slices) -> tuple[jax.Array, Any]:
         body, params = self._body(stack)
@@ -255,28 +259,30 @@ class _Layers:
             parts.append(given)
         return x_BLD, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
-    def scan_groups(
-        self, x_BLD: jax.Array, slices: _Slices, past: KeysValues | None
-    ) -> tuple[jax.Array, Any, dict[str, Any]]:
+    def scan_groups(self, x_BLD: jax.Array, slices: _Slices) -> tuple[jax.Array, Any, dict[str, Any]]:
         """Runs the layers that route in groups, with a block of each set behind every group. Also returns, by set, what
-        its blocks gave. `past` is that of all layers and blocks."""
+        its blocks gave."""
         body, params = self._body(self.decoder.layers)
         bodies, own_params = zip(*map(self._body, self.blocks.values()), strict=True)
         (count,) = {self.config.blocks[name].count for name in self.blocks}
         groups = jax.tree.map(lambda leaf: leaf.reshape(count, -1, *leaf.shape[1:]), (params, slices))
-        pasts = tuple(_of_blocks(past, self.config, name) for name in self.blocks)
+        counts = [of.count for of in self.config.blocks.values()]
+        starts = dict(
+            zip(self.config.blocks, itertools.accumulate([self.config.decoder.layers, *counts]), strict=False)
+        )
+        cached = tuple(starts[name] + jnp.arange(count) for name in self.blocks)
 
         def group(x_BLD, of_group):
-            (params, own), of_sets, own_pasts = of_group
+            (params, own), of_sets, places = of_group
             x_BLD, of_layers = jax.lax.scan(body, x_BLD, (params, own))
             is_local, made = jax.tree.map(lambda leaf: leaf[-1], own.is_local), []
-            for name, run, params, past in zip(self.blocks, bodies, of_sets, own_pasts, strict=True):
-                y_BLD, given = run(x_BLD, (params, _Slices(past=past, is_local=is_local)))
+            for name, run, params, place in zip(self.blocks, bodies, of_sets, places, strict=True):
+                y_BLD, given = run(x_BLD, (params, _Slices(cached=place, is_local=is_local)))
                 x_BLD = passed(x_BLD, y_BLD, self.shares[name])
                 made.append(given)
             return x_BLD, (of_layers, tuple(made))
 
-        x_BLD, (of_layers, of_sets) = jax.lax.scan(group, x_BLD, (groups, own_params, pasts))
+        x_BLD, (of_layers, of_sets) = jax.lax.scan(group, x_BLD, (groups, own_params, cached))
         of_layers = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), of_layers)
         return x_BLD, of_layers, dict(zip(self.blocks, of_sets, strict=True))
 
@@ -311,7 +317,8 @@ class _Layers:
         if config.remat == "attention":
             attend = jax.checkpoint(attend)
         with jax.named_scope("attention"):
-            y_BLD, present = attend(x_BLD, own.past)
+            past = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, own.cached, keepdims=False), self.past)
+            y_BLD, present = attend(x_BLD, past)
             x_BLD = checkpoint_name(constrain(added(x_BLD, y_BLD, sizes), "BLd"), "middle")
         normed_BLD = rms_norm(x_BLD, this.moe_norm[...], eps=sizes.norm_eps)
         y_BLD, routing = feed_forward(
@@ -335,13 +342,6 @@ class _Layers:
         pretrained = None if which == "none" else Stacked(self.decoder.layers.moe.experts, number)
         new = [Stacked(of.new_experts, row) for of, row in zip(self.extensions.values(), rows, strict=True)]
         return pretrained, *(new if which == "all" else [None] * len(new))
-
-
-def _of_blocks(past: KeysValues | None, config: ModelConfig, name: str) -> KeysValues | None:
-    """The part of the key/value cache that belongs to a set of blocks."""
-    counts = {other: of.count for other, of in config.blocks.items()}
-    start = config.decoder.layers + sum(list(counts.values())[: list(counts).index(name)])
-    return jax.tree.map(lambda array: array[start : start + counts[name]], past)
 
 
 def passed(x_BLD: jax.Array, y_BLD: jax.Array, share_BL: jax.Array | None) -> jax.Array:
