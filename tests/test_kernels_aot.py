@@ -205,7 +205,7 @@ def test_a_token_copies_nothing_of_the_cache():
         dense_hidden=256, sinks=True, local=(False, True, False, True), local_window=128,
     )  # fmt: skip
 
-    def shaped(shape: tuple[int, ...], dtype: Any, *split: str | None) -> jax.ShapeDtypeStruct:
+    def shaped(shape: tuple[int, ...], dtype: Any, *split: str | None) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*split)))
 
     model = abstract(ModelConfig(decoder=sizes))
