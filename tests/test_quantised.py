@@ -75,6 +75,21 @@ def test_what_gguf_has_quantised_stays_exactly_that(kind: str, theirs: str):
     np.testing.assert_array_equal(dequantise(jnp.asarray(values), jnp.asarray(scale), jnp.float32), w_OI.T)
 
 
+def test_files_of_four_bits_whose_largest_integer_is_seven_stay_exact():
+    """llama.cpp's Q4_0 with an importance matrix chooses the scale that errs least, and -7 or 7 for the largest weight;
+    so it is in groups beside others."""
+    rng = np.random.default_rng(0)
+    d_gO = rng.normal(0, 0.01, (6, 40)).astype(np.float16).astype(np.float32)
+    values = rng.integers(-7, 8, (6, 32, 40))
+    values[np.arange(6) % 2 == 0, 5] = 7
+    values[np.arange(6) % 2 == 1, 9] = -8
+    w = (values * d_gO[:, None]).reshape(192, 40)
+    stored, scale = quantise(w, "int4", 32)
+    np.testing.assert_array_equal(dequantise(jnp.asarray(stored), jnp.asarray(scale), jnp.float32), w)
+    noisy = w + rng.normal(0, 1e-4, w.shape).astype(np.float32)  # where it is no file's, the whole range is used
+    assert (np.abs(quantise(noisy, "int4", 32)[0].astype(np.int8)).reshape(6, 32, 40).max(axis=1) == 8).all()
+
+
 def test_four_bits_of_mxfp4_say_what_its_standard_says():
     """Nearest, ties to the even code, 6 for all that is more; beside ml_dtypes' own."""
     w = np.linspace(-7.9, 7.9, 633, dtype=np.float32)

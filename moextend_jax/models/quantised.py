@@ -21,12 +21,14 @@ from moextend_jax.config import MoextendError
 
 class Storage(NamedTuple):
     """Dtypes of integers and scales. On the host, `scale_of` maps a group's weight of largest magnitude to its scale,
-    and `code` maps a weight divided by its scale to its integer."""
+    and `code` maps a weight divided by its scale to its integer. extremes: other integers that files may have for the
+    weight of largest magnitude."""
 
     dtype: Any
     scale_dtype: Any
     scale_of: Callable[[np.ndarray], np.ndarray]
     code: Callable[[np.ndarray], np.ndarray]
+    extremes: tuple[int, ...] = ()
 
 
 def _even(least: int, most: int, dtype: Any) -> Storage:
@@ -69,7 +71,7 @@ def _nearest_of_nf4(ratio: np.ndarray) -> np.ndarray:
 
 STORAGES = {
     "int8": _even(-127, 127, np.int8),
-    "int4": _even(-8, 7, ml_dtypes.int4),
+    "int4": _even(-8, 7, ml_dtypes.int4)._replace(extremes=(-7,)),  # where llama.cpp weighed errors by an imatrix
     "mxfp4": Storage(np.dtype(ml_dtypes.int4), np.dtype(ml_dtypes.bfloat16), _power_of_two, _e2m1),
     "nf4": Storage(np.dtype(ml_dtypes.int4), np.dtype(np.float32), np.abs, _nearest_of_nf4),
 }
@@ -84,7 +86,8 @@ def scales(w_IO: np.ndarray, kind: str, group: int, *, where: str = "weights") -
     Raises:
       MoextendError: a weight is NaN or infinite, or too large for the scales' type; `where` names the weights.
     """
-    low_gO, high_gO = (extreme(_in_groups(w_IO, group), axis=-2) for extreme in (np.min, np.max))
+    grouped = _in_groups(w_IO, group)
+    low_gO, high_gO = (extreme(grouped, axis=-2) for extreme in (np.min, np.max))
     extreme_gO = np.where(-low_gO > high_gO, low_gO, high_gO)
     with np.errstate(over="ignore", invalid="ignore"):
         scale_gO = STORAGES[kind].scale_of(extreme_gO)
@@ -92,6 +95,12 @@ def scales(w_IO: np.ndarray, kind: str, group: int, *, where: str = "weights") -
         raise MoextendError(
             f"{where}: weights that are NaN, infinite or too large cannot be stored in {kind}; get the file anew"
         )
+    for integer in STORAGES[kind].extremes:
+        other_gO = (extreme_gO / np.float32(integer)).astype(scale_gO.dtype)
+        found = np.nonzero(other_gO.astype(np.float32) * integer == extreme_gO)  # few groups of other files
+        ratios = np.moveaxis(grouped, -2, -1)[found] / np.where(other_gO == 0, 1, other_gO)[found][:, None]
+        exact = (np.rint(ratios) == ratios).all(axis=-1)
+        scale_gO[tuple(axis[exact] for axis in found)] = other_gO[found][exact]
     return scale_gO
 
 
