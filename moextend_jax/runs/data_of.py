@@ -64,8 +64,8 @@ def open_in_step(name: str, *, split: str, **options: Any) -> Source:
     """`open_dataset` in all processes, after process 0 has prepared the data set where it is not yet.
 
     Raises:
-      MoextendError: as `open_dataset`; or a process cannot read the same items as process 0. It would skip other
-        conversations, and the processes would no longer agree on the rows of a batch.
+      MoextendError: as `open_dataset`; or a process has not the same rows as process 0, or cannot read the same items.
+        It would skip other conversations, and the processes would no longer agree on the rows of a batch.
     """
     opened: Source | MoextendError
     try:
@@ -75,10 +75,11 @@ def open_in_step(name: str, *, split: str, **options: Any) -> Source:
         opened = error
     if isinstance(opened, Source):
         faults = [(of, row, fault.kind) for of, items in opened.items.items() for row, fault in items.faults.items()]
-        found = f"{len(opened)} {hashlib.sha256(json.dumps(faults).encode()).hexdigest()}"
+        unread = hashlib.sha256(json.dumps(faults).encode()).hexdigest()
+        found = {"rows": [len(opened), opened.fingerprint], "items that cannot be read": unread}
         here = f"{len(faults)} cannot be read, first: {faults[0][2] if faults else 'none'}"
     else:  # a process that raised this now, alone, would leave the others waiting here
-        found, here = "refused", str(opened)
+        found, here = {"rows": "refused"}, str(opened)
     distributed.check_same(
         found,
         f"data set {name}: not every process can read the same files (here {here}): give all hosts the same folder",
