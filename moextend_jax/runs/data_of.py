@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moextend_jax import distributed
+from moextend_jax import distributed, preemption
 from moextend_jax.config import IMAGE, Batch, ModelConfig, MoextendError
 from moextend_jax.data.batches import batches
 from moextend_jax.data.datasets import Source, distinct, hold_out, is_packaged, open_dataset, short_name
@@ -28,7 +28,7 @@ from moextend_jax.data.readers import Features, Inputs, Readers
 from moextend_jax.data.splitting import hold_out_pictures, rows_of_part, without
 from moextend_jax.faults import Fault
 from moextend_jax.folders import absolute, cache, folder, is_url, local
-from moextend_jax.mesh import Program, on_host, place_whole, row_shards
+from moextend_jax.mesh import Program, on_host, place_rows, place_whole, row_shards
 from moextend_jax.models.moextend import abstract, tower_features
 from moextend_jax.parameters import with_arrays
 from moextend_jax.progress import preparing
@@ -286,6 +286,13 @@ def rows_of(
         parts=data.feeds,
         faults=run.settings.faults,
     )
+
+
+def placed(rows: Iterable[Batch], mesh: jax.sharding.Mesh) -> Iterator[Batch]:
+    """This process's rows of batches on the mesh, one after another, where nothing trains."""
+    for batch in rows:
+        preemption.stop_if_told()
+        yield place_rows(batch, mesh)
 
 
 def _features(run: Run, name: str, tower: Arrays, items: np.ndarray) -> np.ndarray:
