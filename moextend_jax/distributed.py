@@ -51,6 +51,13 @@ def start(*, cpu_devices: int = 1) -> None:
     if jax.distributed.is_initialized():
         return
     if joining is None:
+        # A TPU slice is one to JAX, whoever starts its hosts: they would compute together, and neither save together
+        # nor hear of each other's end.
+        if machine.accelerator() == "tpu" and (count := jax.process_count()) > 1:
+            raise MoextendError(
+                f"this is one of {count} processes, which nothing has told of each other: set MOEXTEND_PROCESSES=auto "
+                "for all of them, as the launchers do"
+            )
         return
     seconds = machine.number("MOEXTEND_WAIT", default=WAIT)
     try:

@@ -26,7 +26,7 @@ import tiny
 import torus
 from children import ended
 
-from moextend_jax import distributed
+from moextend_jax import compile_cache, distributed, machine
 from moextend_jax.checkpoints import train_state
 from moextend_jax.checkpoints.loading import open_base
 from moextend_jax.config import MoextendError
@@ -428,6 +428,17 @@ def test_an_incomplete_environment_is_an_error(monkeypatch):
         distributed.start()
 
 
+def test_hosts_of_a_tpu_slice_that_nobody_has_told_of_each_other_are_refused(monkeypatch):
+    """The slice is one to JAX also where its processes have not joined: the first checkpoint could not be saved."""
+    _set(monkeypatch, {})
+    monkeypatch.setattr(jax, "process_count", lambda: 16)
+    distributed.start()  # without a TPU nobody asks, since that would choose JAX's devices
+    monkeypatch.setattr(machine, "accelerator", lambda: "tpu")
+    monkeypatch.setattr(compile_cache, "enable", lambda: None)
+    with pytest.raises(MoextendError, match="one of 16 processes.* MOEXTEND_PROCESSES=auto"):
+        distributed.start()
+
+
 def _set(monkeypatch, environment: dict[str, str]) -> None:
     for name in (
         "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "JAX_COORDINATOR_ADDRESS", "SLURM_NTASKS", "SLURM_STEP_NODELIST",
@@ -491,7 +502,7 @@ def test_a_process_that_ends_later_ends_with_the_same_code(monkeypatch: pytest.M
     """One that still closes its files after process 0 is done, where the service runs that tells of lost processes."""
     script = """
 import sys, time
-from moextend_jax import distributed
+from moextend_jax import compile_cache, distributed, machine
 distributed.start()
 time.sleep(0 if distributed.first() else 3)
 distributed.end_together()
