@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -51,6 +51,13 @@ def start(*, cpu_devices: int = 1) -> None:
     if jax.distributed.is_initialized():
         return
     if joining is None:
+        # A TPU slice is one to JAX, whoever starts its hosts: they would compute together, and neither save together
+        # nor hear of each other's end.
+        if machine.accelerator() == "tpu" and (count := jax.process_count()) > 1:
+            raise MoextendError(
+                f"this is one of {count} processes, which nothing has told of each other: set MOEXTEND_PROCESSES=auto "
+                "for all of them, as the launchers do"
+            )
         return
     seconds = machine.number("MOEXTEND_WAIT", default=WAIT)
     try:
@@ -219,10 +226,13 @@ def from_first(compute: Callable[[], Value]) -> Value:
     return outcome["value"]
 
 
-def check_same(found: str, message: str) -> None:
-    """Raises `message` in all processes where one of them has found something else than process 0."""
-    if any_process(from_first(lambda: found) != found):
-        raise MoextendError(message)
+def check_same(found: Mapping[str, Any], message: str) -> None:
+    """Raises `message` in all processes where one of them has found something else than process 0; each names what it
+    has otherwise. Values are of JSON."""
+    of_first = from_first(lambda: {**found})
+    wrong = sorted(name for name in {**of_first, **found} if found.get(name, ...) != of_first.get(name, ...))
+    if any_process(bool(wrong)):
+        raise MoextendError(f"{message}{'; here otherwise than in process 0: ' if wrong else ''}{', '.join(wrong)}")
 
 
 def check_shared(folder: Path) -> None:

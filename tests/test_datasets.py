@@ -249,6 +249,11 @@ def test_processes_that_do_not_read_the_same_files_are_told(tmp_path, monkeypatc
     faults = FaultSettings(policies={"missing": "skip"})
     told.clear()
     assert len(open_here()) in (3, 6)  # all miss the same
+    entries[0] |= {"conversations": [TALK[0], {"from": "gpt", "value": "another answer"}]}
+    for own in ("llava_v1_5_mix665k.json", "own.json"):
+        (tmp_path / own).write_text(json.dumps(entries))
+    with pytest.raises(MoextendError, match="give all hosts the same folder; here otherwise than in process 0: rows$"):
+        open_here()  # as many rows, of which one says something else
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import io
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,23 @@ import pytest
 import tiny
 from PIL import Image
 
-from moextend_jax import cli
+from moextend_jax import cli, preemption
 from moextend_jax.checkpoints import train_state
 from moextend_jax.checkpoints.hashes import content_hash
 from moextend_jax.checkpoints.loading import open_base
 from moextend_jax.config import MoextendError, Named
+from moextend_jax.evaluate.examples import picks_of
+from moextend_jax.evaluate.run_questions import asked_of_all, questions_of
 from moextend_jax.evaluate.summary import summarise
+from moextend_jax.evaluate.text_losses import answer_loss, answer_stage_of, text_losses
 from moextend_jax.plan.abstract_step import abstract_step
 from moextend_jax.runs import making
+from moextend_jax.runs.askable import askable
+from moextend_jax.runs.data_of import readers_of, source_of
 from moextend_jax.runs.making import FACTS, check_made, seconds_before
 from moextend_jax.runs.models_of import frozen_unchanged, leaves_of, model_with, open_model
-from moextend_jax.runs.results import FIRST
+from moextend_jax.runs.ready import ready
+from moextend_jax.runs.results import FIRST, Data
 from moextend_jax.runs.run import Run, open_run, remember, settings_of, write_json
 from moextend_jax.settings import MediumSettings, from_config_dict
 from moextend_jax.train.metrics import read_metrics
@@ -335,6 +342,30 @@ def test_layers_that_were_chosen_by_other_rows_are_said(tmp_path: Path, monkeypa
     assert "select was made from other rows: rows.data: 'a' there, 'b' now\n" in capsys.readouterr().err
     with pytest.raises(MoextendError, match="rows.data"):
         check_made(unopened(tmp_path), ["select"])
+
+
+@pytest.mark.parametrize("what", ["select", "text", "answers", "features", "examples"])
+def test_several_processes_stop_between_batches_of_whatever_they_compute(finished, what: str, tmp_path, monkeypatch):
+    """JAX has caught the signal, so that a phase of hours would be killed in the end, and not put back."""
+    run = dataclasses.replace(open_again(finished), workdir=shutil.copytree(finished[1], tmp_path / "run"))
+    ready_run, model, computed = ready(run, ["finetune"]), askable(run, "base"), run.workdir / "select" / "routing.json"
+    source = source_of(ready_run, Data("finetune"))
+    questions = questions_of(run, asked_of_all(run)["image"])
+    computed.unlink()
+    if what == "features":
+        shutil.rmtree(run.workdir / "features")
+    asks: dict[str, Callable[[], Any]] = {
+        "select": lambda: making.select(ready_run, "select"),
+        "text": lambda: text_losses(run, model),
+        "answers": lambda: answer_loss(run, model, source, stage=answer_stage_of(run, source), readers={}),
+        "features": lambda: readers_of(run, source, data="easy_vqa/questions", split="train[:400]"),
+        "examples": lambda: picks_of(run, model, questions.prompted, questions.readers),
+    }
+    monkeypatch.setattr(preemption._Notice, "alone", False)
+    monkeypatch.setattr(preemption, "given", lambda: True)
+    with pytest.raises(preemption.Preempted):
+        asks[what]()
+    assert not computed.exists() and (what != "features" or not [*(run.workdir / "features").glob("*/features.npy")])
 
 
 def test_numbers_of_other_settings_do_not_stay_beside_the_new_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import importlib
 import json
@@ -25,12 +26,13 @@ import tiny
 import torus
 from children import ended
 
-from moextend_jax import distributed
+from moextend_jax import compile_cache, distributed, machine
 from moextend_jax.checkpoints import train_state
+from moextend_jax.checkpoints.loading import open_base
 from moextend_jax.config import MoextendError
 from moextend_jax.runs.models_of import open_model
-from moextend_jax.runs.run import open_run, settings_of, write_json
-from moextend_jax.settings import RunSettings
+from moextend_jax.runs.run import check_same_files, open_run, settings_of, write_json
+from moextend_jax.settings import EvaluateSettings, OptimizerConfig, RunSettings, StageSettings
 from moextend_jax.sharding import MESH_AXES
 from moextend_jax.train.metrics import read_metrics
 
@@ -426,6 +428,17 @@ def test_an_incomplete_environment_is_an_error(monkeypatch):
         distributed.start()
 
 
+def test_hosts_of_a_tpu_slice_that_nobody_has_told_of_each_other_are_refused(monkeypatch):
+    """The slice is one to JAX also where its processes have not joined: the first checkpoint could not be saved."""
+    _set(monkeypatch, {})
+    monkeypatch.setattr(jax, "process_count", lambda: 16)
+    distributed.start()  # without a TPU nobody asks, since that would choose JAX's devices
+    monkeypatch.setattr(machine, "accelerator", lambda: "tpu")
+    monkeypatch.setattr(compile_cache, "enable", lambda: None)
+    with pytest.raises(MoextendError, match="one of 16 processes.* MOEXTEND_PROCESSES=auto"):
+        distributed.start()
+
+
 def _set(monkeypatch, environment: dict[str, str]) -> None:
     for name in (
         "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "JAX_COORDINATOR_ADDRESS", "SLURM_NTASKS", "SLURM_STEP_NODELIST",
@@ -434,6 +447,44 @@ def _set(monkeypatch, environment: dict[str, str]) -> None:
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def first_told(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What process 0 has told the others, by which this process goes in each of its parts: one after another."""
+    told: list[Any] = []
+    monkeypatch.setattr(distributed, "from_first", lambda compute: told.append(compute()) or told[0])
+    return told
+
+
+def test_processes_with_other_settings_are_refused(first_told: list[Any], tmp_path: Path):
+    """Each would compile another program, and go on with what the others made of theirs."""
+    stage = StageSettings(data="easy_vqa/questions", steps=3, batch_size=4, length=48)
+    asked = EvaluateSettings(data="", questions=1)
+    stages = dict.fromkeys(("align", "extend", "finetune", "full"), stage)
+    settings = RunSettings(**stages, evaluate=asked, base="one", vision="")
+    for base in ("one", "two"):  # folders may have other names
+        with pytest.raises(MoextendError, match=f"^{base} "):
+            open_run(dataclasses.replace(settings, base=base), tmp_path)
+    slower = dataclasses.replace(stage, optimizer=OptimizerConfig(learning_rate=1e-5))
+    with pytest.raises(MoextendError, match=r"same settings: .*: finetune\.optimizer\.learning_rate, seed$"):
+        open_run(dataclasses.replace(settings, finetune=slower, seed=7), tmp_path)
+
+
+def test_processes_with_other_files_of_a_base_are_refused(first_told: list[Any], tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed, "any_process", lambda here: here)
+    base, copy = tiny.write_base(tmp_path / "base"), tmp_path / "host 1" / "copy"
+    shutil.copytree(base, copy)
+    for folder in (base, copy):
+        check_same_files(open_base(str(folder), "", feature_layer=-2), where=folder)
+    for name in ("model.safetensors", "tokenizer_config.json"):
+        kept = (copy / name).read_bytes()
+        half = len(kept) // 2
+        (copy / name).write_bytes(kept[:half] + kept[half : half + 9].swapcase() + kept[half + 9 :])
+        with pytest.raises(MoextendError, match=f"copy: not every process has the same files.*: {name}$"):
+            check_same_files(open_base(str(copy), "", feature_layer=-2), where=copy)
+        (copy / name).write_bytes(kept)
 
 
 def test_what_a_process_says_last_is_shown(tmp_path: Path):
@@ -451,7 +502,7 @@ def test_a_process_that_ends_later_ends_with_the_same_code(monkeypatch: pytest.M
     """One that still closes its files after process 0 is done, where the service runs that tells of lost processes."""
     script = """
 import sys, time
-from moextend_jax import distributed
+from moextend_jax import compile_cache, distributed, machine
 distributed.start()
 time.sleep(0 if distributed.first() else 3)
 distributed.end_together()

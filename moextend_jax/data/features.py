@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moextend_jax import distributed
+from moextend_jax import distributed, preemption
 from moextend_jax.config import MoextendError
 from moextend_jax.data.mixing import Joined
 from moextend_jax.faults import STRICT, Fault, refuse
@@ -196,6 +196,7 @@ def _write(
     with ThreadPoolExecutor(1) as pool, counting("features", count, unit="images", quick=False) as bar:
         coming = pool.map(prepare, range(min(batch_size, count)))
         for first in range(0, count, batch_size):
+            preemption.stop_if_told()
             arrays = np.zeros((batch_size, *inputs.shape), np.float32)  # one shape, one compilation
             prepared, after = list(coming), first + batch_size
             coming = pool.map(prepare, range(after, min(after + batch_size, count)))  # while these are computed

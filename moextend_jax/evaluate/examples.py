@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moextend_jax import distributed
+from moextend_jax import distributed, preemption
 from moextend_jax.config import IMAGE, Batch
 from moextend_jax.data.datasets import AnyItems
 from moextend_jax.data.readers import Readers
@@ -157,6 +157,7 @@ def _batches(
     rows = settings.batch_size
     length = settings.length or bucket(max(len(item.prompt.ids_L) for item in prompted))
     for first in range(0, len(prompted), rows):
+        preemption.stop_if_told()
         prompts = [prompt_for(item, readers) for item in prompted[first : first + rows]]
         batch = prompt_batch(
             dict(enumerate(prompts)), readers=readers, rooms=rooms_of_prompts(prompts, readers),

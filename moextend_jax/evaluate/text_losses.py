@@ -13,8 +13,8 @@ from moextend_jax.data.batches import batches, text_batches
 from moextend_jax.data.datasets import Source, open_text
 from moextend_jax.data.measure import measure
 from moextend_jax.data.readers import Readers
-from moextend_jax.mesh import place_rows
 from moextend_jax.runs.askable import Askable
+from moextend_jax.runs.data_of import placed
 from moextend_jax.runs.run import Run
 from moextend_jax.settings import StageSettings
 from moextend_jax.train.held_out import loss_step, mean_loss
@@ -35,7 +35,7 @@ def passages(run: Run, text: str) -> Iterator[Batch]:
         open_text(TEXTS / f"{text}.txt"), tokenizer=run.tokenizer, length=settings.text_length,
         batch_size=settings.text_batch_size, share=run.share, seed=None, epochs=1,
     )  # fmt: skip
-    return (place_rows(batch, run.mesh) for batch in itertools.islice(rows, settings.text_batches or None))
+    return placed(itertools.islice(rows, settings.text_batches or None), run.mesh)
 
 
 def answer_stage_of(run: Run, source: Source) -> StageSettings:
@@ -57,4 +57,4 @@ def answer_loss(run: Run, opened: Askable, source: Source, *, stage: StageSettin
         share=run.share, seed=None, epochs=1, faults=run.settings.faults,
     )  # fmt: skip
     step = loss_step(opened.model, chunk=512, mesh=run.mesh)
-    return mean_loss(step, opened.arrays, (place_rows(batch, run.mesh) for batch in rows))
+    return mean_loss(step, opened.arrays, placed(rows, run.mesh))

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from moextend_jax import preemption
 from moextend_jax.config import Batch, MoextendError
 from moextend_jax.extension.routing import count_faulty, least_likely, refuse_faulty, tally
 from moextend_jax.mesh import Program, on_host, one_device, place_whole
@@ -54,6 +55,7 @@ def collect(
     picks: list[PerToken] | None = [] if per_token is not False else None
     digest = hashlib.sha256()
     for batch in batches:
+        preemption.stop_if_told()
         totals, ids_ZTk, gaps_ZT = jax.tree.map(on_host, count(arrays, place_whole(batch, mesh)))
         refuse_faulty(totals.pop("faulty"), first=dense)
         totals = {name: total.astype(np.int64 if total.dtype.kind == "i" else float) for name, total in totals.items()}

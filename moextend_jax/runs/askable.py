@@ -33,7 +33,7 @@ from moextend_jax.parameters import element_type
 from moextend_jax.runs import models_of
 from moextend_jax.runs.place import Place
 from moextend_jax.runs.results import ANSWERING
-from moextend_jax.runs.run import Arrays, Run, cpu_devices, known_settings, open_run, working
+from moextend_jax.runs.run import Arrays, Run, check_same_files, cpu_devices, known_settings, open_run, working
 from moextend_jax.settings import MESH, EvaluateSettings, RunSettings, build, fields
 
 SIZES = EvaluateSettings(data="", questions=1)
@@ -126,6 +126,7 @@ def open_place(place: Place, *, settings: RunSettings | None = None, mesh: Mesh 
         place.folder, base=place.base, vision=place.vision, feature_layer=place.feature_layer, dtype=dtype, mesh=mesh,
         storage=settings.quantised if settings else None,
     )  # fmt: skip
+    check_same_files(checkpoint.source, where=place.folder)
     return _of_checkpoint(checkpoint, place, mesh=mesh, sizes=settings.evaluate if settings else SIZES)
 
 

@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moextend_jax import distributed
+from moextend_jax import distributed, preemption
 from moextend_jax.config import IMAGE, Batch, ModelConfig, MoextendError
 from moextend_jax.data.batches import batches
 from moextend_jax.data.datasets import Source, distinct, hold_out, is_packaged, open_dataset, short_name
@@ -28,7 +28,7 @@ from moextend_jax.data.readers import Features, Inputs, Readers
 from moextend_jax.data.splitting import hold_out_pictures, rows_of_part, without
 from moextend_jax.faults import Fault
 from moextend_jax.folders import absolute, cache, folder, is_url, local
-from moextend_jax.mesh import Program, on_host, place_whole, row_shards
+from moextend_jax.mesh import Program, on_host, place_rows, place_whole, row_shards
 from moextend_jax.models.moextend import abstract, tower_features
 from moextend_jax.parameters import with_arrays
 from moextend_jax.progress import preparing
@@ -64,8 +64,8 @@ def open_in_step(name: str, *, split: str, **options: Any) -> Source:
     """`open_dataset` in all processes, after process 0 has prepared the data set where it is not yet.
 
     Raises:
-      MoextendError: as `open_dataset`; or a process cannot read the same items as process 0. It would skip other
-        conversations, and the processes would no longer agree on the rows of a batch.
+      MoextendError: as `open_dataset`; or a process has not the same rows as process 0, or cannot read the same items.
+        It would skip other conversations, and the processes would no longer agree on the rows of a batch.
     """
     opened: Source | MoextendError
     try:
@@ -75,10 +75,11 @@ def open_in_step(name: str, *, split: str, **options: Any) -> Source:
         opened = error
     if isinstance(opened, Source):
         faults = [(of, row, fault.kind) for of, items in opened.items.items() for row, fault in items.faults.items()]
-        found = f"{len(opened)} {hashlib.sha256(json.dumps(faults).encode()).hexdigest()}"
+        unread = hashlib.sha256(json.dumps(faults).encode()).hexdigest()
+        found = {"rows": [len(opened), opened.fingerprint], "items that cannot be read": unread}
         here = f"{len(faults)} cannot be read, first: {faults[0][2] if faults else 'none'}"
     else:  # a process that raised this now, alone, would leave the others waiting here
-        found, here = "refused", str(opened)
+        found, here = {"rows": "refused"}, str(opened)
     distributed.check_same(
         found,
         f"data set {name}: not every process can read the same files (here {here}): give all hosts the same folder",
@@ -285,6 +286,13 @@ def rows_of(
         parts=data.feeds,
         faults=run.settings.faults,
     )
+
+
+def placed(rows: Iterable[Batch], mesh: jax.sharding.Mesh) -> Iterator[Batch]:
+    """This process's rows of batches on the mesh, one after another, where nothing trains."""
+    for batch in rows:
+        preemption.stop_if_told()
+        yield place_rows(batch, mesh)
 
 
 def _features(run: Run, name: str, tower: Arrays, items: np.ndarray) -> np.ndarray:

@@ -27,13 +27,13 @@ from moextend_jax.extension import routing
 from moextend_jax.extension.grow import grow as grow_leaves
 from moextend_jax.extension.grow import read_by_grow
 from moextend_jax.extension.saliency import SCORES, expert_norms
-from moextend_jax.mesh import make_leaves, place_rows
+from moextend_jax.mesh import make_leaves
 from moextend_jax.models.blocks import fresh_blocks, read_by_blocks
 from moextend_jax.models.moextend import abstract, fresh_adapter
 from moextend_jax.outside import read_object
 from moextend_jax.progress import preparing
 from moextend_jax.runs import results
-from moextend_jax.runs.data_of import rows_of, source_of, validation_batches
+from moextend_jax.runs.data_of import placed, rows_of, source_of, validation_batches
 from moextend_jax.runs.models_of import (
     Opened,
     facts_of_added,
@@ -224,8 +224,7 @@ def select(run: Run, name: str) -> None:
 
     def count(opened: Opened) -> routing.Counts:
         rows = rows_of(run, source, stage, data=data, epochs=1, seed=None)
-        batches = (place_rows(batch, run.mesh) for batch in rows)
-        counts = routing.count_all(opened.model, opened.arrays, batches, recipe=recipe, mesh=run.mesh)
+        counts = routing.count_all(opened.model, opened.arrays, placed(rows, run.mesh), recipe=recipe, mesh=run.mesh)
         # An earlier extension's experts cannot be sources, and counting them would change the choice.
         experts = run.config.decoder.experts
         return counts._replace(text_ZO=counts.text_ZO[:, :experts], image_ZO=counts.image_ZO[:, :experts])
@@ -237,7 +236,7 @@ def select(run: Run, name: str) -> None:
             whole = data._replace(feeds="conversation")  # a bare question has no labels, hence no loss
             opened, rows = open_model(run, row.models[0]), rows_of(run, source, stage, data=whole, epochs=1, seed=None)
             norms = expert_norms(
-                opened.model, opened.arrays, (place_rows(batch, run.mesh) for batch in rows), recipe=recipe,
+                opened.model, opened.arrays, placed(rows, run.mesh), recipe=recipe,
                 aux_coefficient=run.settings.aux_coefficient, chunk=stage.loss_chunk, mesh=run.mesh,
             )  # fmt: skip
             scores_ZE = SCORES[settings.source](norms)

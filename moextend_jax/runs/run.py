@@ -20,8 +20,7 @@ from typing import Any
 import jax
 
 from moextend_jax import distributed, machine, preemption
-from moextend_jax.checkpoints import huggingface, quantising, train_state
-from moextend_jax.checkpoints.hashes import base_hashes
+from moextend_jax.checkpoints import hashes, huggingface, quantising, train_state
 from moextend_jax.checkpoints.leaves import read_sharded
 from moextend_jax.checkpoints.loading import Source, folder_of, open_base, tokenizer_folder
 from moextend_jax.config import IMAGE, RECIPES, ModelConfig, MoextendError
@@ -41,6 +40,9 @@ from moextend_jax.sharding import parameter_shardings
 from moextend_jax.train import sinks
 
 Arrays = dict[str, jax.Array]
+
+FOLDERS = ("base", "vision", "data_dir", "manual_dir", "images")
+"""Settings that name folders; towers of media do, too."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
@@ -120,6 +122,7 @@ def open_run(settings: RunSettings, workdir: Path | str) -> Run:
     """Joins the other processes, if any, and reads the pretrained decoder and tower onto the mesh."""
     workdir = folder(os.fspath(workdir))
     distributed.start(cpu_devices=cpu_devices(settings))
+    _check_alike(settings)
     distributed.check_shared(workdir)
     mesh = make_mesh(settings.mesh)
     with preparing(f"opening {settings.base}"):
@@ -129,6 +132,7 @@ def open_run(settings: RunSettings, workdir: Path | str) -> Run:
     tokenizer = tokenizer_of_base(settings, source)
     with preparing("opening towers"):
         source = with_media(source, settings, tokenizer)
+    check_same_files(source, where=settings.base)
     config = dataclasses.replace(source.config, **settings.model_options)
     quantising.check(config.decoder, config.quantised, mesh)
     tokenizer = dataclasses.replace(tokenizer, others=config.media)
@@ -147,6 +151,27 @@ def open_run(settings: RunSettings, workdir: Path | str) -> Run:
         towers=towers,
         mesh=mesh,
     )
+
+
+def _check_alike(settings: RunSettings) -> None:
+    """Refuses several processes with other settings than process 0's: each would compile another program. Only folders
+    may have other names on other hosts."""
+    given = jax.tree_util.tree_flatten_with_path(as_json(dataclasses.asdict(settings)))[0]
+    found = {jax.tree_util.keystr(path, simple=True, separator="."): value for path, value in given}
+    free = {*FOLDERS, *(f"media.{name}.tower" for name in settings.media)}
+    distributed.check_same(
+        {name: value for name, value in found.items() if name not in free},
+        "not every process was started with the same settings: give all of them the same command and configuration",
+    )
+
+
+def check_same_files(source: Source, *, where: Path | str) -> None:
+    """Refuses several processes that have other files of a model: their parts of it would be of several models."""
+    if jax.process_count() > 1:
+        distributed.check_same(
+            hashes.samples(source.leaves, source.files.values()),
+            f"{where}: not every process has the same files: give all hosts the same folder, or whole copies of it",
+        )
 
 
 SMALL, LEAST_ROWS = 2**16, 8
@@ -196,7 +221,7 @@ def _devices_share_rows(settings: RunSettings) -> bool:
 
 def hashes_of(source: Source) -> tuple[str, dict[str, str]]:
     """The hash of the base (decoder and picture tower), and those of the towers of other media, by medium."""
-    base, parts = base_hashes(source.leaves)
+    base, parts = hashes.base_hashes(source.leaves)
     names = {f"media/{name}": name for name in source.config.media if name != IMAGE}
     return base, {names[part]: digest for part, digest in parts.items() if part in names}
 
@@ -329,9 +354,7 @@ def found_anywhere(settings: RunSettings) -> RunSettings:
     def whole(name: str) -> str:
         return name if name in ("", "none", "embedded") or is_url(name) else os.path.abspath(os.path.expanduser(name))
 
-    folders = {
-        field: whole(getattr(settings, field)) for field in ("base", "vision", "data_dir", "manual_dir", "images")
-    }
+    folders = {field: whole(getattr(settings, field)) for field in FOLDERS}
     media = {name: dataclasses.replace(of, tower=whole(of.tower)) for name, of in settings.media.items()}
     return dataclasses.replace(settings, media=media, **folders)
 
