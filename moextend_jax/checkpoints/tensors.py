@@ -442,7 +442,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     """A hidden folder beside `path` to write into; it takes the name `path` at the end, and goes away after an error.
 
     Raises:
-      MoextendError: `path` exists already and is not an empty folder.
+      MoextendError: `path` exists already and is not an empty folder, or is one that nothing can take the place of.
     """
     path = path.resolve()  # beside what a link leads to, which may be another disk
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -451,6 +451,12 @@ def new_folder(path: Path) -> Iterator[Path]:
     hidden = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.unfinished")
     hidden.mkdir()
     try:
+        if path.exists():  # tried now, with nothing in it: a mount point, even of the same disk, refuses
+            try:
+                hidden.rename(path)
+            except OSError as error:
+                raise MoextendError(f"{path} cannot be replaced ({error.strerror}): name a new folder in it") from None
+            hidden.mkdir()
         yield hidden
         for folder in (hidden, *(entry for entry in hidden.rglob("*") if entry.is_dir())):
             _sync(folder)
