@@ -73,8 +73,8 @@ env-dev: $(VENV)/.dev
 
 # pip -qq: errors only; its warnings are about the machine's own settings.
 $(VENV)/.run: requirements.txt constraints.txt pyproject.toml
-	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-	  || { echo "$(PYTHON) is older than Python 3.11: name a newer one, e.g. make PYTHON=python3.12" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+	  || { echo "$(PYTHON) is not Python 3.11 to 3.13: name one that is, e.g. make PYTHON=python3.12" >&2; exit 1; }
 	@echo "installing into $(VENV) (a minute or two, once)"
 	@"$(PYTHON)" -m venv "$(VENV)"
 	@$(RUN) -m pip install -qq -c constraints.txt -e .

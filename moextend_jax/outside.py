@@ -128,3 +128,17 @@ def parse_json(text: bytes, *, where: str, **hooks: Any) -> Any:
         raise MoextendError(f"{where}: it is nested too deep") from None
     except ValueError as error:  # JSON, UTF-8, a number of too many digits, and what a hook says
         raise MoextendError(f"{where}: {said_by(error)}") from None
+
+
+class Repeated(ValueError):
+    """A key stands twice in an object of a JSON file."""
+
+
+def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """`object_pairs_hook` for `json`, which would take the last value of a key that stands twice."""
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        seen: set[str] = set()
+        again = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise Repeated(f"the key {shown(again)} stands twice in an object")
+    return fields

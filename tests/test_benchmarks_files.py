@@ -191,6 +191,7 @@ def test_mistakes_of_an_answers_file(tmp_path: Path):
     assert f"{path}:1: no field 'text'" in complaint({"question_id": 0, "prompt": ""})
     assert f"{path}:1: field 'text' is not text" in complaint(said | {"text": 5})
     assert f"{path}:2: not JSON" in complaint(said, b'{"question_id": 1, "pro', said | {"question_id": 2})
+    assert f"{path}:1: the key 'text' stands twice" in complaint(b'{"text": "yes", "text": "no"}')
     assert f"{path}:1: byte 10 of the line is not UTF-8" in complaint(b'{"text":"\xff')
     unanswered = complaint(said)
     assert "llava_pope_test.jsonl:2: question 1 has no answer in" in unanswered and "and 1 more" in unanswered
@@ -256,6 +257,7 @@ def test_mistakes_of_other_files_are_named_by_line(tmp_path: Path):
     assert complaint("scienceqa", sqa, listed).startswith("FILE:15: its conversation is not a question and a letter")
     assert "FILE:15: the same question as FILE:2" in complaint("scienceqa", sqa, json.dumps([good, good], indent=2))
     assert complaint("scienceqa", sqa, '[{"id": 1,\n}]').startswith("FILE:2: not JSON")
+    assert complaint("scienceqa", sqa, '[{"id": 1, "id": 2}]').startswith("FILE: the key 'id' stands twice")
     assert complaint("scienceqa", sqa, b'[\n\n"\xff"]').startswith("FILE:3: not UTF-8")
     assert complaint("scienceqa", sqa, "[\n3]").startswith("FILE:2: not an object")
     assert "is not a list" in complaint("scienceqa", sqa, "{}")

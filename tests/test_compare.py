@@ -162,7 +162,7 @@ def test_another_checkpoint_is_named_as_the_mistake(derived, text: Path, capsys)
                 "spec": {"image_start_id": 2},
                 "arrays": {"train0/logits": np.zeros(1), "train0/pixel_values": np.zeros(1)},
             },
-            "has pixel_values, but no image start tag says where they stand; id 2",
+            "has pixel_values, but no image start tag says where they stand; its id is 2",
         ),
     ],
 )

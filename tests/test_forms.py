@@ -457,6 +457,19 @@ def test_a_file_that_is_none_of_its_form_is_one_line(tmp_path: Path, name: str, 
     assert str(error.value).isprintable() and len(str(error.value)) < 700
 
 
+def test_a_key_that_stands_twice_is_a_fault_of_its_row(tmp_path: Path):
+    """JSON would take the last one, in silence: here the first turn."""
+    twice = '{"id": 7, "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "value": "c"}]}'
+    once = json.dumps({"question": "a" * (1 << 20), "answer": "b"})  # a row of two blocks
+    for name, data in [("a.jsonl", f"{once}\n{twice}\n{once}"), ("a.json", f"[{once},\n{twice},\n{once}]")]:
+        first, second, third = read_entries(path := write(tmp_path / name, data))
+        assert not first.fault and not third.fault and second.fault and second.fault.kind == "entry"
+        where = f"{path}: entry 1 (id 7, line 2, byte {data.index(twice)}): "
+        assert str(second.fault) == f"{where}the key 'value' stands twice in an object"
+    (entry,) = read_entries(tar(tmp_path / "a.tar", [("0.json", twice.encode())]))
+    assert "0.json: the key 'value' stands twice in an object" in str(entry.fault)
+
+
 @pytest.mark.parametrize("url", ["https://a.org/x.json", "s3://bucket/x.parquet"])
 def test_urls_other_than_buckets_say_what_to_do(tmp_path: Path, url: str):
     own = as_json(tmp_path / "a.json", lambda n: {"image": names(n), "conversations": turns(n)})

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from moextend_jax.config import MoextendError
+from moextend_jax.faults import Fault
 from moextend_jax.media.image import MEAN_c, STD_c, decode_image, prepare_image
 
 
@@ -53,6 +54,16 @@ def test_levels_that_do_not_say_what_is_white_are_refused(levels: np.ndarray):
     Image.fromarray(levels.reshape(10, 10).astype(np.float32)).save(file, "TIFF")
     with pytest.raises(MoextendError, match="make them levels of 8 or 16 bits"):
         decode_image(file.getvalue())
+
+
+def test_a_tiff_that_pillow_does_not_read_is_not_called_cut_off():
+    plain, packed = io.BytesIO(), io.BytesIO()
+    noise(9, 7).convert("YCbCr").save(plain, "TIFF")
+    noise(9, 7).convert("YCbCr").save(packed, "TIFF", compression="tiff_lzw")
+    assert decode_image(packed.getvalue()).size == (9, 7)
+    with pytest.raises(Fault, match="YCbCr without compression is not read; save it as RGB") as error:
+        decode_image(plain.getvalue())
+    assert error.value.kind == "unreadable"
 
 
 @pytest.mark.parametrize("encoded", [b"", b"not an image", b"\x89PNG\r\n\x1a\nbroken"])

@@ -66,6 +66,18 @@ def test_each_python_gets_one_version_of_each_package_within_its_range(python: s
             assert Version(next(iter(pin.specifier)).version) in requirement.specifier, requirement
 
 
+@pytest.mark.parametrize("python, refused", [("3.10", True), *((python, False) for python in PYTHONS), ("3.14", True)])
+def test_make_takes_the_pythons_that_are_supported_and_names_them(tmp_path: Path, python: str, refused: bool):
+    """With a newer one pip failed at the first package that it could not build."""
+    stand_in, version = tmp_path / "python", tuple(map(int, python.split(".")))
+    says = f'exec "{sys.executable}" -c "import sys; sys.version_info = {version}; $2"'
+    stand_in.write_text(f'#!/bin/sh\n[ "$1" != -c ] || {says}\nexit 3\n')
+    stand_in.chmod(0o755)
+    command = ["make", "-C", str(ROOT), "env", f"PYTHON={stand_in}", f"VENV={tmp_path / 'venv'}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode and ("is not Python 3.11 to 3.13: name one that is" in done.stderr) == refused
+
+
 def test_every_tool_of_the_tests_is_pinned():
     assert {*named(EXTRAS["dev"])} <= {*named(PINS)}
 

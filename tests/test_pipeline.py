@@ -244,6 +244,18 @@ def test_a_refused_command_changes_nothing(finished, command: str, change: str):
     assert [path.read_bytes() for path in kept] == before
 
 
+def test_what_was_selected_under_other_settings_is_not_grown(finished, tmp_path: Path):
+    """`moextend grow` alone took the old choice in silence; after `moextend select` it takes the new one."""
+    config, workdir = finished[0], shutil.copytree(finished[1], tmp_path / "run")
+    shutil.rmtree(workdir / "grow")
+    share = [f"--config={config}", f"--workdir={workdir}", "--config.baseline=true", "--config.select.share=0.7"]
+    with pytest.raises(MoextendError, match=r"select was chosen under other settings \(settings.share: 0.5 there, 0.7"):
+        cli.call(["grow", *share])
+    assert not (workdir / "grow").exists()
+    cli.call(["select", *share])
+    cli.call(["grow", *share])
+
+
 def test_what_was_cut_off_while_it_was_written_is_not_there(finished, tmp_path: Path):
     """So that the same command goes on; and a selection of before there were facts is counted again."""
     run = open_again(finished)

@@ -83,6 +83,26 @@ def test_a_picture_of_several_names_is_one():
     assert first[0] != first[3]
 
 
+def test_a_picture_and_the_links_to_it_are_one(tmp_path: Path):
+    (tmp_path / "images").mkdir()
+    for name in ("a.png", "images/b.png", "c.array_record"):
+        (tmp_path / name).touch()
+    for link, to in {"l.png": "a.png", "images/m.png": "b.png", "all": ".", "r.array_record": "c.array_record"}.items():
+        (tmp_path / link).symlink_to(to)
+    same = [("a.png", "l.png", "all/a.png", "all/l.png"), ("b.png", "m.png", "images/m.png", "all/images/b.png")]
+    rows = [f"{name}.array_record:1" for name in ("c", "r", "all/r")]
+    for names in (*same, rows):
+        assert len(marks(source(*[[name] for name in names], folder=str(tmp_path)))) == 1, names
+    assert len(marks(source(["a.png"], ["b.png"], [rows[0]], ["c.array_record:2"], folder=str(tmp_path)))) == 4
+
+
+def test_which_name_of_a_picture_comes_first_decides_nothing():
+    keys = [name for letter in "abcdefgh" for name in (letter, f"images/{letter}")]
+    first, second = ({row.images[0].key for row in split(source(*[[key] for key in of]), 6).held_out}
+                     for of in (keys, keys[::-1]))  # fmt: skip
+    assert len(first) == 6 and first == second
+
+
 def test_rows_that_a_mixture_repeats_count_once():
     mixed = mix([source(*"abcdefgh"), source("x", "y", folder="others")], weights=[1, 1], names=["few", "many"])
     assert len(mixed) == 16 and len(distinct(mixed)) == 10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from collections.abc import Callable
@@ -233,6 +234,18 @@ def test_a_folder_that_holds_something_is_not_touched(tmp_path: Path):
     with new_folder(tmp_path / "empty") as folder:
         (folder / "b").write_text("b")
     assert (tmp_path / "empty" / "b").exists()
+
+
+def test_a_mount_point_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def busy(*_: Path) -> Path:
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    (tmp_path / "mount").mkdir()
+    monkeypatch.setattr(Path, "rename", busy)
+    said = "mount cannot be replaced .Device or resource busy.: name a new folder in it"
+    with pytest.raises(MoextendError, match=said), new_folder(tmp_path / "mount"):
+        pytest.fail("it was to be written")
+    assert [path.name for path in tmp_path.iterdir()] == ["mount"]
 
 
 @pytest.mark.parametrize("target", ["empty", "nowhere"])

@@ -25,7 +25,17 @@ import numpy as np
 
 from moextend_jax.config import MoextendError
 from moextend_jax.folders import extra_hint, is_url, local, read_range, size_and_generation
-from moextend_jax.outside import MAX_JSON, inside, parse_json, plain_file, read_small, said_by, short, shown
+from moextend_jax.outside import (
+    MAX_JSON,
+    inside,
+    parse_json,
+    plain_file,
+    read_small,
+    said_by,
+    short,
+    shown,
+    without_repeats,
+)
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
@@ -240,7 +250,7 @@ def _shards(folder: Path, ending: str, index_name: str) -> dict[Path, set[str] |
             raise MoextendError(f"{folder} holds {len(paths)} *{ending} files of {max(totals)}")
         return dict.fromkeys(paths)
     broken = f"{index_path} cannot be read as an index of shards"
-    index = parse_json(read_small(inside(index_path)), where=broken, object_pairs_hook=_without_repeats)
+    index = parse_json(read_small(inside(index_path)), where=broken, object_pairs_hook=without_repeats)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict):
         raise MoextendError(f"{broken}: it has no weight_map")
@@ -298,7 +308,7 @@ def _read_header(path: Path) -> dict[str, Stored]:
         )
     text = _bytes(path, 8, 8 + length)
     broken = f"{path} cannot be read: its safetensors header is broken"
-    header = parse_json(text, where=broken, object_pairs_hook=_without_repeats, parse_constant=_no_number)
+    header = parse_json(text, where=broken, object_pairs_hook=without_repeats, parse_constant=_no_number)
     if not isinstance(header, dict):
         raise MoextendError(f"{broken}: it is no JSON object")
     header.pop("__metadata__", None)
@@ -360,13 +370,6 @@ def run_at(path: Path, dtype: np.dtype, offset: int) -> Callable[[int, int], np.
             raise MoextendError(f"{path} has changed since it was opened: {said_by(error)}") from None
 
     return run
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        raise ValueError("a name stands twice")
-    return fields
 
 
 def _no_number(text: str) -> Any:
@@ -439,7 +442,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     """A hidden folder beside `path` to write into; it takes the name `path` at the end, and goes away after an error.
 
     Raises:
-      MoextendError: `path` exists already and is not an empty folder.
+      MoextendError: `path` exists already and is not an empty folder, or is one that nothing can take the place of.
     """
     path = path.resolve()  # beside what a link leads to, which may be another disk
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -448,6 +451,12 @@ def new_folder(path: Path) -> Iterator[Path]:
     hidden = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.unfinished")
     hidden.mkdir()
     try:
+        if path.exists():  # tried now, with nothing in it: a mount point, even of the same disk, refuses
+            try:
+                hidden.rename(path)
+            except OSError as error:
+                raise MoextendError(f"{path} cannot be replaced ({error.strerror}): name a new folder in it") from None
+            hidden.mkdir()
         yield hidden
         for folder in (hidden, *(entry for entry in hidden.rglob("*") if entry.is_dir())):
             _sync(folder)

@@ -71,7 +71,7 @@ def compare_forward(
     rows = {name: rows_of(reference, name, start=tag) for name in by_batch if name in known}
     for name in rows:
         if patches and not rows[name].images and by_batch[name].get("pixel_values", np.empty(0)).size:
-            tagged = "nothing says which token is that tag: give --image_start ID" if tag is None else f"id {tag}"
+            tagged = "nothing says which token it is: give --image_start ID" if tag is None else f"its id is {tag}"
             raise MoextendError(
                 f"batch {name!r} has pixel_values, but no image start tag says where they stand; {tagged}"
             )

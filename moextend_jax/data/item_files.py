@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import itertools
 import os
 import stat
@@ -177,6 +178,27 @@ def _places(folder: Path, name: str) -> list[Path]:
     parts = Path(name).parts
     levels = range(min(len(parts), DEPTH))
     return [folder / name, *(folder.joinpath(*parts[:n], "images", *parts[n:]) for n in levels)]
+
+
+def real_paths(home: str) -> Callable[[str], str]:
+    """From the name of an item to the path of its file that all links to it share, or to the one that the name says
+    where no file is. A name costs a question or two to the file system."""
+
+    @functools.cache
+    def homes(head: str) -> list[str]:
+        return [os.path.realpath(place.parent) for place in _places(Path(home), os.path.join(head, "x"))]
+
+    def path_of(name: str) -> str:
+        row = row_of(name)
+        file = row.file if row else name
+        head, tail = os.path.split(file)
+        for path in (f"{at}/{tail}" for at in homes(head)):
+            with contextlib.suppress(OSError, ValueError):
+                linked = not stat.S_ISREG(os.lstat(path).st_mode)
+                return (os.path.realpath(path, strict=True) if linked else path) + name[len(file) :]
+        return os.path.join(home, name)
+
+    return path_of
 
 
 def _missing(folder: Path, name: str, noun: str, *, hint: str = "") -> Fault:

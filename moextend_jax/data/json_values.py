@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 
 from moextend_jax.config import MoextendError
 from moextend_jax.folders import is_url
+from moextend_jax.outside import Repeated, without_repeats
 
 BLOCK = 1 << 20
 MOST_ENTRY = 64 << 20
@@ -37,7 +38,7 @@ class Row(NamedTuple):
 
 def read_json(path: Path) -> Iterator[Row]:
     """Raises MoextendError where it cannot be read, or is not JSON from some byte on."""
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(object_pairs_hook=without_repeats)
     with open_file(path) as file:
         text = _Text(file, path)
         text.skip("\ufeff" + SPACE)
@@ -49,8 +50,8 @@ def read_json(path: Path) -> Iterator[Row]:
             return
         else:
             raise MoextendError(f"{path} is not JSON: it begins with neither [ nor {{")
-        for place, value, invalid in values:
-            yield Row(path, place, value, invalid)
+        for value in values:
+            yield Row(path, *value)
 
 
 def open_file(path: Path) -> Any:
@@ -77,8 +78,8 @@ def one_line(error: Exception) -> str:
     return "".join(character if character.isprintable() else "?" for character in why)
 
 
-Value = tuple[str, Any, list[int]]
-"""Where it begins, the value, and the places of bytes in it that are not UTF-8."""
+Value = tuple[str, Any, list[int], str]
+"""Of a `Row` all but its path."""
 
 
 def _list(text: _Text, decoder: json.JSONDecoder) -> Iterator[Value]:
@@ -149,6 +150,7 @@ class _Text:
             self.take(1)
 
     def value(self, decoder: json.JSONDecoder) -> Value:
+        fault = ""
         while True:
             self.peek()
             try:
@@ -156,6 +158,9 @@ class _Text:
                 if end < len(self.text) or self.ended:
                     break
                 error = None  # a number may go on in the next block
+            except Repeated as caught:
+                fault, decoder = str(caught), json.JSONDecoder()  # which finds the end of the row
+                continue
             except (ValueError, RecursionError) as caught:
                 error = caught
             if self.ended or len(self.text) - self.at > MOST_ENTRY:
@@ -168,7 +173,7 @@ class _Text:
             self.more(max(BLOCK, len(self.text) - self.at))  # twice as much each time
         start, place = self.byte, self.place()
         taken = self.take(end - self.at)
-        return place, value, [] if taken.isascii() else invalid_bytes(taken, start)
+        return place, value, [] if taken.isascii() else invalid_bytes(taken, start), fault
 
 
 def invalid_bytes(taken: str, start: int) -> list[int]:

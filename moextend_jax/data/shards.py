@@ -18,6 +18,7 @@ from moextend_jax.config import MoextendError
 from moextend_jax.data.json_values import MOST_ENTRY, Row, one_line, open_file, unreadable
 from moextend_jax.folders import absolute
 from moextend_jax.media import KINDS, plurals
+from moextend_jax.outside import Repeated, without_repeats
 
 MEMBERS = {suffix: kind for kind in reversed(KINDS) for suffix in KINDS[kind].suffixes}
 """Suffix of a member -> the key of its file; if several kinds have the suffix, the first. An animation is a video if
@@ -115,7 +116,9 @@ def _row(path: Path, tar: tarfile.TarFile, key: str, members: list[_Member]) -> 
                 value[stem or "text"] = text.strip()
                 continue
             try:
-                content = json.loads(text)
+                content = json.loads(text, object_pairs_hook=without_repeats)
+            except Repeated as error:
+                return Row(path, place, None, [], f"{info.name}: {error}")
             except (ValueError, RecursionError) as error:
                 return Row(path, place, None, [], f"{info.name} is not JSON: {error}"[:300])
             if stem or not isinstance(content, dict):  # a file of turns alone

@@ -1,7 +1,8 @@
 """Splits a data set so that no picture or other item is on both sides: a `Source` and how much of it in, two views out.
 
-Which rows are held out follows from the seed and from the pictures' own names, not from the order of the rows. Rows
-that are added later can change the choice: pictures are taken in the order of their hashes until there are enough.
+Which rows are held out follows from the seed and from the pictures' own names, not from the order of the rows; of rows
+without a picture from their texts and ids, which are numbers of rows where the data give none. Rows that are added
+later can change the choice: pictures are taken in the order of their hashes until there are enough.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
 from moextend_jax.config import MoextendError
 from moextend_jax.data.datasets import AnyItems, HoldOut, Source, distinct, select
+from moextend_jax.data.item_files import real_paths
 from moextend_jax.data.mixing import JoinedItems
-from moextend_jax.folders import absolute
+from moextend_jax.folders import absolute, is_url
 
 
 def rows_of_part(part: float, rows: int, *, setting: str) -> int:
@@ -49,8 +52,8 @@ def hold_out_pictures(source: Source, *, part: float, seed: int, setting: str) -
     once = distinct(source)
     wanted = rows_of_part(part, len(once), setting=setting)
 
-    def order(group: tuple[Mark, list[int]]) -> str:
-        return hashlib.sha256(f"{seed} {group[0].name}".encode(errors="surrogateescape")).hexdigest()
+    def order(group: tuple[str, list[int]]) -> str:
+        return hashlib.sha256(f"{seed} {group[0]}".encode(errors="surrogateescape")).hexdigest()
 
     groups = sorted(_groups(marks_of(once)), key=order)
     chosen = np.zeros(len(once), bool)
@@ -107,18 +110,20 @@ def _mark_of(items: AnyItems) -> Callable[[str], Mark]:
 
         return of_part
     home = os.fspath(absolute(items.folder.path)) if items.folder else items.fingerprint
-    return lambda key: Mark(key if key.startswith("bytes ") else _place(home, key), key)
+    path_of = real_paths(home) if items.folder and not is_url(home) else partial(os.path.join, home)
+    return lambda key: Mark(key if key.startswith("bytes ") else _place(path_of(key)), key)
 
 
-def _place(home: str, key: str) -> str:
+def _place(path: str) -> str:
     """Equal for all names by which `item_files.find_file` finds a file: some leave out a folder `images`."""
-    parts = os.path.normpath(os.path.join(home, key)).split(os.sep)
-    return os.sep.join(part for part in parts if part != "images")
+    return os.sep.join(part for part in os.path.normpath(path).split(os.sep) if part != "images")
 
 
-def _groups(marks: Iterable[tuple[Mark, ...]]) -> list[tuple[Mark, list[int]]]:
-    """Rows that are tied together by marks, with the least mark of each group."""
+def _groups(marks: Iterable[tuple[Mark, ...]]) -> list[tuple[str, list[int]]]:
+    """Rows that are tied together by marks, with the name of the least mark of each group, the first by alphabet where
+    it has several."""
     parent: dict[Mark, Mark] = {}
+    names: dict[str, str] = {}
 
     def root(mark: Mark) -> Mark:
         while (above := parent.setdefault(mark, mark)) != mark:
@@ -128,10 +133,13 @@ def _groups(marks: Iterable[tuple[Mark, ...]]) -> list[tuple[Mark, list[int]]]:
 
     first = []
     for of_row in marks:
+        for mark in of_row:
+            if mark.name <= names.get(mark.place, mark.name):
+                names[mark.place] = mark.name
         roots = sorted(map(root, of_row))
         parent.update(dict.fromkeys(roots[1:], roots[0]))
         first.append(of_row[0])
     rows: dict[Mark, list[int]] = defaultdict(list)
     for row, mark in enumerate(first):
         rows[root(mark)].append(row)
-    return list(rows.items())
+    return [(names[mark.place], of_group) for mark, of_group in rows.items()]

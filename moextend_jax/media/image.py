@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
 from moextend_jax.config import Medium, MoextendError, VisionConfig
 from moextend_jax.faults import MOST_BYTES, Fault, wrong_size
@@ -82,6 +83,8 @@ def pictures(
         with Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise fault("oversized", f"{image.width} x {image.height} pixels are more than {MOST_PIXELS}")
+            if isinstance(image, TiffImageFile) and _is_raw_ycbcr(image):
+                raise fault("unreadable", "a TIFF of YCbCr without compression is not read; save it as RGB")
             yield image, fault
     except Fault:
         raise
@@ -115,6 +118,11 @@ class Watched(io.BytesIO):
         got = super().read(size)
         self.ended |= size is not None and len(got) < size
         return got
+
+
+def _is_raw_ycbcr(image: TiffImageFile) -> bool:
+    """Of such a pixel Pillow reads four bytes, where the file has three or fewer."""
+    return image.info["compression"] == "raw" and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 6
 
 
 def _looks_like_image(encoded: bytes) -> bool:

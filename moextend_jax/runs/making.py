@@ -311,8 +311,20 @@ def grow(run: Run, name: str) -> None:
     if _is_done(run, name, facts):
         return
     config = config_to_grow(run, extension)
+    if extension in config.extensions:
+        _check_selected(run, extension)
     leaves = (_extension_leaves if extension in config.extensions else _rival_leaves)(run, name, config)
     train_state.save_leaves(run.folder(name) / "result", leaves, facts=facts)
+
+
+def _check_selected(run: Run, extension: str) -> None:
+    """Raises a MoextendError where the layers were chosen under other settings, as `moextend grow` alone may find."""
+    name, recorded = results.named(run.settings, extension, "select"), selection_of(run, extension).get("facts")
+    if recorded is not None and (wrong := train_state.differing(recorded, facts_of_selecting(run, name))):
+        raise MoextendError(
+            f"{run.folder(name)} was chosen under other settings ({'; '.join(wrong)}). Run `moextend {name}` with "
+            "these first, or use the old ones"
+        )
 
 
 def _extension_leaves(run: Run, name: str, config: ModelConfig) -> Arrays:

@@ -14,7 +14,7 @@ from typing import Any
 
 from moextend_jax.config import MoextendError
 from moextend_jax.evaluate.benchmarks.question import Mistakes, is_file
-from moextend_jax.outside import short
+from moextend_jax.outside import Repeated, short, without_repeats
 
 
 def first_file(home: Path, *names: str) -> Path:
@@ -45,7 +45,9 @@ def json_object(line: bytes) -> dict[str, Any]:
     """Raises ValueError with what is wrong, for a message."""
     text = decoded(line)
     try:
-        entry = json.loads(text)
+        entry = json.loads(text, object_pairs_hook=without_repeats)
+    except Repeated:
+        raise
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from None
     if not isinstance(entry, dict):
@@ -68,12 +70,14 @@ def json_value(path: Path) -> Any:
     """The one value of a JSON file."""
     encoded = read(path).removeprefix(b"\xef\xbb\xbf")
     try:
-        return json.loads(encoded.decode())
+        return json.loads(encoded.decode(), object_pairs_hook=without_repeats)
     except UnicodeDecodeError as error:
         number = encoded[: error.start].count(b"\n") + 1
         raise MoextendError(f"{path}:{number}: not UTF-8; save the file as UTF-8") from None
     except json.JSONDecodeError as error:
         raise MoextendError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+    except Repeated as error:
+        raise MoextendError(f"{path}: {error}") from None
     except (ValueError, RecursionError) as error:
         raise MoextendError(f"{path}: not JSON: {error}") from None
 
