@@ -240,8 +240,10 @@ def attend_behind(
         logits_BKGLS = jnp.concatenate([logits_BKGLS, sinks_BKGL[..., None]], axis=-1)
     weights_BKGLS = jax.nn.softmax(logits_BKGLS).astype(query_BLNH.dtype)
     split = jnp.split(weights_BKGLS[..., : mask_B1LS.shape[-1]], [past.keys_BKSH.shape[2]], axis=-1)
-    made = [product("BKGLS,BKSH->BKGLH", of, part.values_BKSH) for of, part in zip(split, parts, strict=True)]
-    return einops.rearrange(sum(made), "B K G L H -> B L (K G) H").astype(query_BLNH.dtype)
+    of_past, of_present = (
+        product("BKGLS,BKSH->BKGLH", weights, part.values_BKSH) for weights, part in zip(split, parts, strict=True)
+    )
+    return einops.rearrange(of_past + of_present, "B K G L H -> B L (K G) H").astype(query_BLNH.dtype)
 
 
 def _within(window: Window, visible: Visible) -> jax.Array:
