@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, get_type_hints
 from moextend_jax import __version__
 from moextend_jax.config import MoextendError
 from moextend_jax.configurations import meant, names
-from moextend_jax.machine import keep_memory, no_devices, quiet_libtpu, whole_gpu
+from moextend_jax.machine import keep_memory, no_devices, quiet_libtpu, several, whole_gpu
 from moextend_jax.options import row
 from moextend_jax.parsing import parse
 from moextend_jax.preemption import INTERRUPTED, Preempted, not_lost
@@ -25,13 +25,14 @@ from moextend_jax.runs.results import FIRST
 
 class Command(NamedTuple):
     """function: MODULE:NAME, whose first parameter is a dataclass of options. arguments: those after it.
-    words: options that stand before the user's."""
+    words: options that stand before the user's. alone: for one process, not for several that are one run."""
 
     group: str
     function: str
     does: str
     arguments: tuple[str, ...] = ()
     words: tuple[str, ...] = ()
+    alone: bool = False
 
 
 RUN = "moextend_jax.commands"
@@ -50,9 +51,11 @@ COMMANDS: dict[str, Command] = {
         arguments=("mixture",),
     ),
     "evaluate": Command(STAGES, f"{RUN}:evaluate", "accuracy and forgetting of every model in the work directory"),
-    "report": Command(STAGES, f"{RUN}:report", "WORKDIR/report.html, and the routing explorer beside it"),
+    "report": Command(STAGES, f"{RUN}:report", "WORKDIR/report.html, and the routing explorer beside it", alone=True),
     "generate": Command(ASK, f"{RUN}:generate", "answer a prompt, or those on standard input, about a picture or not"),
-    "chat": Command(ASK, f"{RUN}:chat", "a conversation at the terminal; /image PATH shows a picture, /reset, /quit"),
+    "chat": Command(
+        ASK, f"{RUN}:chat", "a conversation at the terminal; /image PATH shows a picture, /reset, /quit", alone=True
+    ),
     "eval": Command(ASK, f"{RUN}:eval_command", "a benchmark's questions answered and scored; or text forgetting"),
     "eval score": Command(ASK, "moextend_jax.evaluate.benchmarks.command:score", "the scores of a file of answers"),
     "doctor": Command(BEFORE, "moextend_jax.doctor:doctor", "what is installed, what would be used, what is missing"),
@@ -64,16 +67,19 @@ COMMANDS: dict[str, Command] = {
     "bench": Command(BEFORE, f"{RUN}:bench_command", "time one step of each stage"),
     "import": Command(
         FILES, "moextend_jax.checkpoints.convert:import_checkpoint",
-        "a published checkpoint, or a dense one made a mixture of experts, as JAX arrays",
+        "a published checkpoint, or a dense one made a mixture of experts, as JAX arrays", alone=True,
     ),
     "compose": Command(
-        FILES, "moextend_jax.checkpoints.compose:compose", "a base and deltas that were trained apart as one model"
+        FILES, "moextend_jax.checkpoints.compose:compose", "a base and deltas that were trained apart as one model",
+        alone=True,
     ),
     "export": Command(
-        FILES, "moextend_jax.runs.export:export", "a run or an imported checkpoint as PyTorch's files, or as a delta"
+        FILES, "moextend_jax.runs.export:export", "a run or an imported checkpoint as PyTorch's files, or as a delta",
+        alone=True,
     ),
     "compare": Command(
-        FILES, "moextend_jax.compare.command:compare_command", "what a PyTorch reference holds, computed here"
+        FILES, "moextend_jax.compare.command:compare_command", "what a PyTorch reference holds, computed here",
+        alone=True,
     ),
     "routing collect": Command(FILES, "moextend_jax.routing.command:collect_command", "routing statistics of a model"),
     "routing compare": Command(FILES, "moextend_jax.routing.command:compare_command", "two files of them side by side"),
@@ -154,7 +160,13 @@ def call(words: list[str]) -> int:
     if command.group in (RUNS, STAGES):
         keep_memory()
     options = options_in(words, name, command)
-    return _tell(options) if isinstance(options, str) else resolve(command.function)(options, *command.arguments) or 0
+    if isinstance(options, str):
+        return _tell(options)
+    if command.alone and (variable := several()):
+        from moextend_jax.distributed import check_alone
+
+        check_alone(name, variable)
+    return resolve(command.function)(options, *command.arguments) or 0
 
 
 def command_of(words: list[str]) -> tuple[str, Command] | None:

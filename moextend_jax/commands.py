@@ -292,16 +292,6 @@ def chat(options: ChatOptions) -> None:
         "seed": options.seed,
     }
     if options.web:
-        import jax
-
-        from moextend_jax import distributed
-
-        name = machine.several()
-        if name == "MOEXTEND_PROCESSES":  # how many there are is known when they are together
-            distributed.start()
-            name = name if jax.process_count() > 1 else None
-        if name:
-            raise MoextendError(f"chat is for one process ({name} says there are more): others would not be asked")
         from moextend_jax.runs.askable import choices
         from moextend_jax.web.page import Page, serve
 
@@ -404,6 +394,9 @@ def bench_command(options: BenchOptions) -> None:
     from moextend_jax import distributed
     from moextend_jax.bench import bench
 
+    # Stages run in processes of their own, which find each other on TPUs alone.
+    if (variable := machine.several()) in ("JAX_NUM_PROCESSES", "SLURM_NTASKS"):
+        distributed.check_alone("bench", variable)
     if options.json and not is_url(options.json):  # now: what cannot be made is said before all is timed
         options.json.parent.mkdir(parents=True, exist_ok=True)
     figures = bench(options.config, console(), only=options.stage, layers=options.layers)

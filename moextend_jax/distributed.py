@@ -97,6 +97,19 @@ def arguments() -> dict[str, Any] | None:
     }
 
 
+def check_alone(command: str, variable: str) -> None:
+    """Raises for a command that each of several processes would do by itself: on the same devices, or into one folder.
+    `variable` is `machine.several()`."""
+    if variable == "MOEXTEND_PROCESSES":  # how many there are is known when they are together
+        start()
+        if jax.process_count() == 1:
+            return
+    raise MoextendError(
+        f"{command} is for one process, and {variable} says that there are more: start it once, as "
+        f"`env -u {variable} moextend {command} ...`"
+    )
+
+
 WAIT, QUIET = 300, 15
 """Seconds that processes wait for each other to start, and how many of these before they print what they wait for."""
 

@@ -175,6 +175,8 @@ def check_rows(settings: Sequence[Rows], mesh: Mesh) -> None:
         if rows % (shards * parts):
             wanted, above = shards * parts, -(-rows // (shards * parts)) * shards * parts
             sizes = " or ".join(str(size) for size in (above - wanted, above) if size > 0)
+            if fewer := [part for part in range(1, parts) if rows % (shards * part) == 0]:  # the same batch
+                sizes = f"{setting.replace('batch_size', 'accumulate')} = {fewer[-1]}, or {sizes} rows"
             wrong.append(f"{setting} = {rows}" + (f" in {parts} parts" if parts > 1 else "") + f" ({sizes} would do)")
     if wrong:
         sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())

@@ -177,6 +177,21 @@ def test_a_command_without_a_work_directory(refused, ground, command: str):
     assert "needs --workdir: " in refused(command, *arguments)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "export a b", "import a b", "compose a b c", "compare --checkpoint=a --reference=b", "bench demo",
+        "report --workdir={}", "chat --workdir={}", "chat --web --workdir={}",
+    ],
+)  # fmt: skip
+def test_what_is_for_one_process_is_refused_to_several(refused, tmp_path, monkeypatch, words: str):
+    """Each would write the same folder, time devices that the others use, or wait for words that it does not hear."""
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    name, *rest = words.format(tmp_path).split()
+    said = refused(name, *rest)
+    assert f"{name} is for one process, and JAX_NUM_PROCESSES says that there are more" in said
+
+
 def test_eval_says_what_it_needs(refused, tmp_path):
     assert "--benchmark" in refused("eval", f"--workdir={tmp_path}")
     assert "is no work directory" in refused("eval", "--benchmark=easy_vqa", f"--workdir={tmp_path}")

@@ -136,10 +136,15 @@ def test_rows_that_do_not_divide_are_refused_with_sizes_that_would_do():
     pod: Any = SimpleNamespace(shape={"data": 1, "fsdp": 8, "expert": 1, "tensor": 8})
     meshes.check_rows(rows_of_settings(settings), pod)
     pod.shape["fsdp"] = 32
-    with pytest.raises(MoextendError, match=r"finetune.batch_size = 32 in 2 parts \(64 would do\)") as refused:
+    with pytest.raises(
+        MoextendError, match=r"batch_size = 32 in 2 parts \(finetune.accumulate = 1, or 64 rows would do\)"
+    ) as refused:
         meshes.check_rows(rows_of_settings(settings), pod)
     assert "32 equal parts" in str(refused.value) and "align" not in str(refused.value)
     meshes.check_rows(evaluation_rows(settings), pod)  # which `moextend evaluate` alone computes
+    pod.shape["fsdp"] = 64  # fewer parts do not help
+    with pytest.raises(MoextendError, match=r"finetune.batch_size = 32 in 2 parts \(128 would do\)"):
+        meshes.check_rows(rows_of_settings(settings), pod)
     pod.shape["fsdp"] = 24
     with pytest.raises(MoextendError, match=r"select.batch_size = 32 \(24 or 48 would do\); .*evaluate.batch_size"):
         meshes.check_rows(rows_of_settings(settings), pod)

@@ -223,12 +223,6 @@ def test_a_model_that_is_not_there_is_refused_with_those_that_are(run: Run, caps
     assert "the page has no model full: choose of base, aligned, moextend" in capsys.readouterr().err
 
 
-def test_a_page_of_several_processes_would_wait_for_the_others(run: Run, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
-    with pytest.raises(MoextendError, match=r"chat is for one process \(JAX_NUM_PROCESSES says there are more\)"):
-        cli.call(["chat", "--web", "--workdir", str(run.workdir)])
-
-
 def test_an_answer_ends_with_forget_and_mistakes_leave_the_page_usable(page: Page, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("gradio", reason="gradio is not installed (the extra `web`)")
     done = threading.Thread()

@@ -11,8 +11,6 @@ import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Iterator
 
-import jax
-
 from moextend_jax.config import IMAGE, MoextendError
 from moextend_jax.data.missing import without_marks
 from moextend_jax.evaluate.speak import Item, Items, Turn, cannot, is_question, question, speak
@@ -107,10 +105,8 @@ def chat_command(conversation: Conversation) -> None:
     """`moextend chat` on standard input and output.
 
     Raises:
-      MoextendError: the model continues text and does not answer, or there are several processes.
+      MoextendError: the model continues text and does not answer.
     """
-    if jax.process_count() > 1:
-        raise MoextendError("chat is for one process: others would not hear what is typed")
     if conversation.opened.plain:
         raise MoextendError(
             f"the {conversation.opened.name} model continues text, it was not taught to answer: choose another, or "
