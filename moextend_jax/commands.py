@@ -10,13 +10,13 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from moextend_jax import machine
-from moextend_jax.config import IMAGE, Amount, Count, MoextendError, Range
+from moextend_jax.config import IMAGE, Amount, Count, MediumKind, MoextendError, Range
 from moextend_jax.folders import is_url, local
 from moextend_jax.options import Sets
 from moextend_jax.runs.place import Place
@@ -29,7 +29,7 @@ TrainingData = Sets(tuple(f"{name}.data" for name in FIRST.training()))
 NEXT = """next:
   moextend generate --workdir {workdir} {image}"what is this?"
   moextend export {workdir} NEW_FOLDER --layout {layout}
-  moextend run own --data FILE --images FOLDER --workdir NEW_WORKDIR"""
+  moextend run {own} --workdir NEW_WORKDIR"""
 """What to try when a run has ended."""
 
 
@@ -112,10 +112,18 @@ def whole_run(settings: RunSettings, workdir: Path, *, resume_from: Path | None 
                 workdir=shlex.quote(str(run.workdir)),
                 image="--image FILE " if IMAGE in media else f"--show {media[-1]}=FILE " if media else "",
                 layout="hf" if known else "delta",
+                own=own_run({medium.kind for medium in run.config.media.values()}),
             ).splitlines()
             write_explorer(run.workdir)
             print(f"report: {write_report(run.workdir)}", *words, sep="\n")
     return record
+
+
+def own_run(kinds: Collection[MediumKind]) -> str:
+    """The run on own data that is likest to one with media of these kinds."""
+    if not kinds:
+        return "own:text --data FILE"
+    return f"own{':sounds' if set(kinds) == {'audio'} else ''} --data FILE --images FOLDER"
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from moextend_jax import cli
-from moextend_jax.config import MoextendError
+from moextend_jax import cli, commands
+from moextend_jax.config import MediumKind, MoextendError
 
 OWN = Path(__file__).parents[1] / "examples" / "own"
 FEWER = [f"--config.{stage}.least_steps={steps}" for stage, steps in (("align", 20), ("extend", 5), ("finetune", 40))]
@@ -54,6 +54,15 @@ def test_own_sounds_are_checked_by_one_command(tmp_path, capsys):
     assert "own:sounds has <audio>" in first["message"]
 
 
+@pytest.mark.parametrize(
+    ("kinds", "said"),
+    [(["image"], "own --data FILE --images FOLDER"), (["audio"], "own:sounds --data FILE --images FOLDER"),
+     ([], "own:text --data FILE"), (["audio", "image"], "own --data FILE --images FOLDER")],
+)  # fmt: skip
+def test_a_run_ends_in_own_data_of_its_media(kinds: list[MediumKind], said: str):
+    assert commands.own_run(kinds) == said
+
+
 @pytest.mark.slow
 def test_a_task_in_text_by_one_command(tmp_path):
     rows = [{"question": f"add {a} and 2", "answer": f"{a + 2}"} for a in range(20)]
@@ -61,6 +70,7 @@ def test_a_task_in_text_by_one_command(tmp_path):
     words = ["own:text", "--data", "sums.jsonl"]
     assert "no faults" in moextend("data", "check", *words, folder=tmp_path)
     table = moextend("run", *words, "--workdir", "w", *FEWER, folder=tmp_path)
+    assert "  moextend run own:text --data FILE --workdir NEW_WORKDIR\n" in table
     assert "aligned only" not in table and "pretrained weights bit-identical: yes" in table
     assert "Base" in (report := (tmp_path / "w" / "report.html").read_text()) and "Aligned only" not in report
     moextend("export", "w", "out", folder=tmp_path)

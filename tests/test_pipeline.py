@@ -31,11 +31,12 @@ from moextend_jax.plan.abstract_step import abstract_step
 from moextend_jax.runs import making
 from moextend_jax.runs.askable import askable
 from moextend_jax.runs.data_of import readers_of, source_of
+from moextend_jax.runs.export import open_workdir
 from moextend_jax.runs.making import FACTS, check_made, seconds_before
 from moextend_jax.runs.models_of import frozen_unchanged, leaves_of, model_with, open_model
 from moextend_jax.runs.ready import ready
 from moextend_jax.runs.results import FIRST, Data
-from moextend_jax.runs.run import Run, open_run, remember, settings_of, write_json
+from moextend_jax.runs.run import Run, known_settings, open_run, remember, settings_of, write_json
 from moextend_jax.settings import MediumSettings, from_config_dict
 from moextend_jax.train.metrics import read_metrics
 from moextend_jax.train.stages import split
@@ -410,6 +411,32 @@ def test_folders_of_a_run_are_found_from_another_one(tmp_path: Path, monkeypatch
     write_json(run.workdir / "summary.json", {})
     remember(run)
     assert (run.workdir / "summary.json").exists()
+
+
+def test_what_was_moved_together_with_a_work_directory_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    project = tmp_path / "project"
+    for name in ("base", "towers/clip", "elsewhere"):
+        (project / name).mkdir(parents=True)
+    (project / "elsewhere").rename(elsewhere := tmp_path / "elsewhere")
+    media = {"film": MediumSettings(kind="video", tower=str(project / "towers/clip"))}
+    named = {"base": str(project / "base"), "vision": "none", "images": str(elsewhere), "media": media}
+    run = unopened(project / "runs/work", medium="", **named)
+    remember(run)
+    assert known_settings(run.workdir) == settings_of(run.workdir) == run.settings
+    moved = project.rename(tmp_path / "moved")
+    monkeypatch.chdir(moved / "runs")
+    known = known_settings("work")
+    assert (known.base, known.images) == (str(moved / "base"), str(elsewhere))
+    assert known.media["film"].tower == str(moved / "towers/clip")
+    (moved / "base").rename(tmp_path / "gone")
+    where = r"project/base does not exist, which .*work/config.json names, .* write its new place there"
+    for open_it in (known_settings, open_workdir):
+        with pytest.raises(MoextendError, match=where):
+            open_it(moved / "runs/work")
+    record = json.loads((moved / "runs/work/config.json").read_text())
+    record["settings"]["base"] = str(tmp_path / "gone")
+    write_json(moved / "runs/work/config.json", record)
+    assert known_settings("work").base == str(tmp_path / "gone")
 
 
 def run_selection(finished) -> tuple[int, int]:

@@ -40,7 +40,7 @@ from moextend_jax.runs import results
 from moextend_jax.runs.askable import how_trained
 from moextend_jax.runs.media import with_media
 from moextend_jax.runs.models_of import config_of_extension, grown_as, read_selection, rivals_of
-from moextend_jax.runs.run import facts_of_base, not_run, remembered, settings_of, tokenizer_of_base
+from moextend_jax.runs.run import facts_of_base, known_settings, not_run, remembered, tokenizer_of_base
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,9 +137,7 @@ def open_workdir(workdir: Path, *, model: str | None = None) -> Source:
       MoextendError: no stage has been run, or one that the model is made of, or the base is not the one that the run
         was made with.
     """
-    settings = settings_of(workdir)
-    if settings is None:
-        raise MoextendError(f"{workdir} is no work directory: no stage has been run in it")
+    settings = known_settings(workdir)
     source = open_base(settings.base, settings.vision, feature_layer=settings.recipe.feature_layer)
     source = with_media(source, settings, tokenizer_of_base(settings, source))
     known = hashes.base_hashes(source.leaves)

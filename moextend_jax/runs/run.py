@@ -13,7 +13,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from moextend_jax.config import IMAGE, RECIPES, ModelConfig, MoextendError
 from moextend_jax.data.batches import Share
 from moextend_jax.data.tokenizer import Tokenizer, tokenizer_of
 from moextend_jax.data.writing import encoder_of, template_identity
-from moextend_jax.folders import folder, is_url, reading, written_whole
+from moextend_jax.folders import absolute, folder, is_url, reading, written_whole
 from moextend_jax.lock import locked
 from moextend_jax.mesh import Rows, check_rows, make_mesh, own_row_shards, row_shards
 from moextend_jax.models.moextend import abstract
@@ -338,6 +339,7 @@ def remember(run: Run, *, made: Collection[str] | None = None) -> None:
     packages = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tensorflow-datasets", "numpy")
     record = {
         "settings": as_json(dataclasses.asdict(settings)),
+        "workdir": os.fspath(absolute(run.workdir)),
         "recipe": "paper" if run.settings.recipe == RECIPES["paper"] else "other than the paper's",
         "seed": run.settings.seed,
         "model": as_json(dataclasses.asdict(run.config)),
@@ -348,15 +350,28 @@ def remember(run: Run, *, made: Collection[str] | None = None) -> None:
     write_json(run.workdir / "config.json", record)
 
 
+def with_folders(settings: RunSettings, change: Callable[[str], str]) -> RunSettings:
+    """The settings with each folder of this machine that they name changed."""
+
+    def changed(name: str) -> str:
+        return name if name in ("", "none", "embedded") or is_url(name) else change(name)
+
+    folders = {field: changed(getattr(settings, field)) for field in FOLDERS}
+    media = {name: dataclasses.replace(of, tower=changed(of.tower)) for name, of in settings.media.items()}
+    return dataclasses.replace(settings, media=media, **folders)
+
+
 def found_anywhere(settings: RunSettings) -> RunSettings:
     """The settings with the folders by their whole paths: a later command may be started in another folder."""
+    return with_folders(settings, lambda name: os.path.abspath(os.path.expanduser(name)))
 
-    def whole(name: str) -> str:
-        return name if name in ("", "none", "embedded") or is_url(name) else os.path.abspath(os.path.expanduser(name))
 
-    folders = {field: whole(getattr(settings, field)) for field in FOLDERS}
-    media = {name: dataclasses.replace(of, tower=whole(of.tower)) for name, of in settings.media.items()}
-    return dataclasses.replace(settings, media=media, **folders)
+def moved_along(name: str, *, before: str, now: Path) -> str:
+    """A folder that is gone from where it was, where it is if it has been moved together with the work directory."""
+    if not os.path.isabs(name) or os.path.exists(name):
+        return name
+    there = os.path.abspath(now / os.path.relpath(name, before))
+    return there if os.path.exists(there) else name
 
 
 def remembered(workdir: Path) -> dict[str, Any]:
@@ -367,7 +382,8 @@ def remembered(workdir: Path) -> dict[str, Any]:
 
 
 def settings_of(workdir: Path | str) -> RunSettings | None:
-    """The settings that a work directory's stages were run with; None where the folder is no work directory.
+    """The settings that a work directory's stages were run with, and folders where they are if they were moved with it;
+    None where the folder is no work directory.
 
     Raises:
       MoextendError: there is no such folder, or its config.json cannot be read.
@@ -383,14 +399,23 @@ def settings_of(workdir: Path | str) -> RunSettings | None:
     settings = record["settings"]
     if isinstance(settings, dict) and isinstance(recipe := settings.get("recipe"), dict):
         settings = settings | {"recipe": {"weight_guard": train_state.BEFORE["weight_guard"]} | recipe}
-    return from_config_dict(settings)
+    settings, before = from_config_dict(settings), record.get("workdir")
+    if not isinstance(before, str) or is_url(before) or is_url(workdir):
+        return settings
+    return with_folders(settings, partial(moved_along, before=before, now=absolute(workdir)))
 
 
 def known_settings(workdir: Path | str) -> RunSettings:
-    """As `settings_of`, but an error if no stage has been run in the folder."""
+    """As `settings_of`, but an error if no stage has been run in the folder, or what its model is made of is gone."""
     settings = settings_of(workdir)
     if settings is None:
         raise MoextendError(f"{workdir} is no work directory: run a stage with this --workdir first")
+    for name in (settings.base, settings.vision, *(of.tower for of in settings.media.values())):
+        if os.path.isabs(name) and not os.path.exists(name):
+            raise MoextendError(
+                f"{name} does not exist, which {folder(os.fspath(workdir)) / 'config.json'} names, nor was it moved "
+                "together with that folder: write its new place there"
+            )
     return settings
 
 
