@@ -68,7 +68,7 @@ class Model:
 
         Args:
           image: a file, its bytes, a PIL image, or an array uint8 `[height, width, 3]`; for a list of texts one for
-            all, or a list with one (or None) for each.
+            all, or a list with one (or None) for each. Several in one text stand in `items`, `{"image": [...]}`.
           items: a file, or several, of other media by their name, `{"sound": "a.wav"}`; for a list of texts alike.
           temperature: 0 takes the likeliest token; else draws from the `top_k` likeliest (0: all) with `seed`.
           system: what the model is told first.
@@ -78,8 +78,6 @@ class Model:
         drawn = {"temperature": temperature, "top_k": top_k}
         _check_drawn(max_new_tokens=max_new_tokens, seed=seed, **drawn)
         if isinstance(text, str):
-            if isinstance(image, list) or isinstance(items, list):
-                raise MoextendError("one text has one image; a list of texts may have a list of images")
             return "".join(self.stream(text, image, items=items, seed=seed, **drawn, **options))
         for one in (text := _sequence(text, "text is neither a str nor a list of them")):
             _check_text(one)
@@ -165,6 +163,8 @@ def shown(image: Picture | None, items: Shows | None) -> dict[str, Sequence[Any]
     """What is shown, by medium, as lists."""
     if items is not None and not isinstance(items, Mapping):
         raise MoextendError(f'items is a {type(items).__name__}, not files by medium, {{"sound": ["a.wav"]}}')
+    if isinstance(image, list | tuple):
+        raise MoextendError('image is one picture; show several in one text as items={"image": [...]}')
     if image is not None and IMAGE in (items or {}):
         raise MoextendError("both image and items show an image: give all of them in items")
     single = str | bytes | os.PathLike | Image.Image | np.ndarray
