@@ -78,7 +78,8 @@ class Model:
         drawn = {"temperature": temperature, "top_k": top_k}
         _check_drawn(max_new_tokens=max_new_tokens, seed=seed, **drawn)
         if isinstance(text, str):
-            return "".join(self.stream(text, image, items=items, seed=seed, **drawn, **options))
+            of: Any = {"image": image, "items": items}  # which refuses lists
+            return "".join(self.stream(text, **of, seed=seed, **drawn, **options))
         for one in (text := _sequence(text, "text is neither a str nor a list of them")):
             _check_text(one)
         images = image if isinstance(image, list) else [image] * len(text)

@@ -304,6 +304,10 @@ SHAPES: list[tuple[dict[str, Any], list[dict[str, str]], tuple[str, ...]]] = [
     ({"instruction": "add", "input": "", "output": "5", "system": "s"}, talk("add", "5", system="s"), ()),
     ({"caption": "a cat", "image_path": "x.png"}, talk("<image>\nDescribe the image.", "a cat"), ("x.png",)),
     ({"text": "a cat", "file_name": "x.png"}, talk("<image>\nDescribe the image.", "a cat"), ("x.png",)),
+    ({"text": "a bell", "file_name": "x.WAV"}, talk("<audio>\nDescribe the sound.", "a bell"), ("x.WAV",)),
+    ({"text": "a bell", "file_name": "x.mp3"}, talk("<audio>\nDescribe the sound.", "a bell"), ("x.mp3",)),
+    ({"question": "a?", "answer": "b", "image_file_name": "x.png", "audio_file_name": "y.flac", "file_name": "z"},
+     talk("<image>\n<audio>\na?", "b"), ("x.png", "y.flac")),
     ({"image": "x.png", "image_url": "https://a/x.png", "text": "c"}, talk("<image>\nDescribe the image.", "c"),
      ("x.png",)),
     ({"texts": [{"user": "a?", "assistant": "b", "source": "s"}, {"user": "c", "assistant": "d"}], "images": ["x.png"]},
@@ -328,11 +332,12 @@ SHAPES: list[tuple[dict[str, Any], list[dict[str, str]], tuple[str, ...]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("row", "turns", "images"), SHAPES, ids=range(len(SHAPES)))
-def test_a_row_of_every_usual_shape(tmp_path: Path, row: dict[str, Any], turns: Any, images: tuple[str, ...]):
+@pytest.mark.parametrize(("row", "turns", "items"), SHAPES, ids=range(len(SHAPES)))
+def test_a_row_of_every_usual_shape(tmp_path: Path, row: dict[str, Any], turns: Any, items: tuple[str, ...]):
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
     (entry,) = read_entries(tmp_path / "a.jsonl")
-    assert (entry.turns, entry.images, entry.fault and str(entry.fault)) == (turns, images, None)
+    names = tuple(item.name for item in entry.items)
+    assert (entry.turns, names, entry.fault and str(entry.fault)) == (turns, items, None)
     assert entry.id == "0"
 
 

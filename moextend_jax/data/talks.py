@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from moextend_jax.config import MediumKind
 from moextend_jax.faults import Fault
-from moextend_jax.media import KINDS, mark_of, plurals
+from moextend_jax.media import KINDS, kind_of_file, mark_of, plurals
 
 ROLES = {
     "human": "human", "user": "human", "prompter": "human",
@@ -30,11 +30,15 @@ ROLES = {
 """Other people's names of roles. All others (tool, function, observation, ...) stay, to be refused."""
 
 
+FILE_NAMES = ("file_name", "filename")
+"""Keys that do not say of which kind a file is; its suffix does: a picture unless it is that of another kind."""
+
+
 def _keys(kind: MediumKind) -> tuple[tuple[str, ...], ...]:
-    paths = (f"{kind}_path", f"{kind}_paths", f"{kind}_file", f"{kind}_files")
+    paths = tuple(f"{kind}_{of}" for of in ("path", "paths", "file", "files", "file_name", "file_names"))
     if kind != "image":
-        return plurals(kind), paths
-    return plurals(kind), (*paths, "img", "img_path", "picture"), ("file_name", "filename"), ("image_url", "image_urls")
+        return plurals(kind), paths, FILE_NAMES
+    return plurals(kind), (*paths, "img", "img_path", "picture"), FILE_NAMES, ("image_url", "image_urls")
 
 
 ITEM_KEYS: dict[MediumKind, tuple[tuple[str, ...], ...]] = {kind: _keys(kind) for kind in KINDS}
@@ -142,11 +146,13 @@ def _items_of(value: Mapping[str, Any]) -> list[Item]:
 def _of_kind(value: Mapping[str, Any], kind: MediumKind, lines: tuple[tuple[str, ...], ...]) -> list[Item]:
     for keys in lines:
         named = {key: _named(value[key], kind) for key in keys if value.get(key)}
+        if keys is FILE_NAMES:
+            named = {key: [item for item in of if kind_of_file(item.file) == kind] for key, of in named.items()}
         lists = list(named.values())
         if any(other != lists[0] for other in lists[1:]):
             noun = "pictures" if kind == "image" else "items"
             raise Fault(f"{' and '.join(named)} name different {noun}", "entry")
-        if lists:
+        if lists and lists[0]:
             return lists[0]
     return []
 
