@@ -34,6 +34,7 @@ from moextend_jax.evaluate.speak import (
 )
 from moextend_jax.folders import folder
 from moextend_jax.generate import Sampling
+from moextend_jax.parsing import changed
 from moextend_jax.runs.askable import Askable, described, open_place
 from moextend_jax.runs.place import Place
 from moextend_jax.settings import NotNegative, RunSettings, as_mapping, build, from_config_dict
@@ -205,20 +206,23 @@ def open(  # noqa: A001
 
 def run(
     config: str | os.PathLike[str] | RunSettings | ConfigDict | Mapping[str, Any], *, workdir: FolderName,
-    resume_from: FolderName | None = None, **changes: Any,
+    data: FolderName | None = None, resume_from: FolderName | None = None, **changes: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """`moextend run`: all stages, evaluation and report; goes on where it stood. Returns what summary.json holds.
 
     Args:
       config: name or file of a configuration, as "demo" or "demo:released", or settings.
+      data: own conversations for every stage, as `--data`: a file or a folder, or several.
       changes: settings to change, groups as mappings: `finetune={"steps": 20}, seed=1`.
     """
-    from moextend_jax.commands import whole_run
+    from moextend_jax.commands import TrainingData, whole_run
 
     named = isinstance(config, str | os.PathLike)
     given = configurations.load(os.fspath(config)) if named else as_mapping(config)
     if not isinstance(given, Mapping):
         raise MoextendError(f"a {type(config).__name__} is no configuration: give its name, its file, or settings")
+    if data is not None:
+        given = changed(given, dict.fromkeys(TrainingData.settings, os.fspath(data)))
     settings = from_config_dict(_changed(given, changes))
     with _own_signals():
         return whole_run(settings, _folder(workdir), resume_from=_maybe(resume_from))

@@ -280,6 +280,10 @@ def test_a_run_is_the_command_s_with_settings_as_keywords(started: list[tuple], 
     assert changed.align.steps == 110 and changed.finetune.optimizer.multipliers == {"calibrators": 0.02}
     assert changed.recipe.prompt == "released" and workdir == tmp_path and resumed is None
     assert same == run.settings and elsewhere == Path("elsewhere")
+    mx.run("own", workdir=tmp_path, data=Path("own.jsonl"), images="pictures", align={"data": "captions.jsonl"})
+    own = started.pop()[0]
+    assert [of.data for of in (own.align, own.extend, own.finetune, own.full)] == ["captions.jsonl", *["own.jsonl"] * 3]
+    assert own.images == "pictures" and own.evaluate.data == ""
     for config, change, message in (
         ("demmo", {}, "there is no configuration demmo"),
         ("demo", {"finetune": {"step": 3}}, "config.finetune.step is no setting"),
