@@ -34,6 +34,7 @@ from moextend_jax.evaluate.speak import (
 )
 from moextend_jax.folders import folder
 from moextend_jax.generate import Sampling
+from moextend_jax.parsing import changed
 from moextend_jax.runs.askable import Askable, described, open_place
 from moextend_jax.runs.place import Place
 from moextend_jax.settings import NotNegative, RunSettings, as_mapping, build, from_config_dict
@@ -68,7 +69,7 @@ class Model:
 
         Args:
           image: a file, its bytes, a PIL image, or an array uint8 `[height, width, 3]`; for a list of texts one for
-            all, or a list with one (or None) for each.
+            all, or a list with one (or None) for each. Several in one text stand in `items`, `{"image": [...]}`.
           items: a file, or several, of other media by their name, `{"sound": "a.wav"}`; for a list of texts alike.
           temperature: 0 takes the likeliest token; else draws from the `top_k` likeliest (0: all) with `seed`.
           system: what the model is told first.
@@ -78,9 +79,8 @@ class Model:
         drawn = {"temperature": temperature, "top_k": top_k}
         _check_drawn(max_new_tokens=max_new_tokens, seed=seed, **drawn)
         if isinstance(text, str):
-            if isinstance(image, list) or isinstance(items, list):
-                raise MoextendError("one text has one image; a list of texts may have a list of images")
-            return "".join(self.stream(text, image, items=items, seed=seed, **drawn, **options))
+            of: Any = {"image": image, "items": items}  # which refuses lists
+            return "".join(self.stream(text, **of, seed=seed, **drawn, **options))
         for one in (text := _sequence(text, "text is neither a str nor a list of them")):
             _check_text(one)
         images = image if isinstance(image, list) else [image] * len(text)
@@ -165,6 +165,8 @@ def shown(image: Picture | None, items: Shows | None) -> dict[str, Sequence[Any]
     """What is shown, by medium, as lists."""
     if items is not None and not isinstance(items, Mapping):
         raise MoextendError(f'items is a {type(items).__name__}, not files by medium, {{"sound": ["a.wav"]}}')
+    if isinstance(image, list | tuple):
+        raise MoextendError('image is one picture; show several in one text as items={"image": [...]}')
     if image is not None and IMAGE in (items or {}):
         raise MoextendError("both image and items show an image: give all of them in items")
     single = str | bytes | os.PathLike | Image.Image | np.ndarray
@@ -204,20 +206,23 @@ def open(  # noqa: A001
 
 def run(
     config: str | os.PathLike[str] | RunSettings | ConfigDict | Mapping[str, Any], *, workdir: FolderName,
-    resume_from: FolderName | None = None, **changes: Any,
+    data: FolderName | None = None, resume_from: FolderName | None = None, **changes: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """`moextend run`: all stages, evaluation and report; goes on where it stood. Returns what summary.json holds.
 
     Args:
       config: name or file of a configuration, as "demo" or "demo:released", or settings.
+      data: own conversations for every stage, as `--data`: a file or a folder, or several.
       changes: settings to change, groups as mappings: `finetune={"steps": 20}, seed=1`.
     """
-    from moextend_jax.commands import whole_run
+    from moextend_jax.commands import TrainingData, whole_run
 
     named = isinstance(config, str | os.PathLike)
     given = configurations.load(os.fspath(config)) if named else as_mapping(config)
     if not isinstance(given, Mapping):
         raise MoextendError(f"a {type(config).__name__} is no configuration: give its name, its file, or settings")
+    if data is not None:
+        given = changed(given, dict.fromkeys(TrainingData.settings, os.fspath(data)))
     settings = from_config_dict(_changed(given, changes))
     with _own_signals():
         return whole_run(settings, _folder(workdir), resume_from=_maybe(resume_from))

@@ -20,6 +20,7 @@ from moextend_jax.checkpoints.loading import open_base
 from moextend_jax.data.check import Report, check, open_origin
 from moextend_jax.data.datasets import shows_none
 from moextend_jax.data.inspector import Reading, Work
+from moextend_jax.data.splitting import all_tied
 from moextend_jax.faults import KINDS, LEAST_READ, FaultSettings
 from moextend_jax.media import IMAGE_MARK
 from moextend_jax.runs import results
@@ -103,6 +104,9 @@ def problems_of(
         evaluate, asked = settings.of_extension(link.name).evaluate, results.named(settings, link.name, "evaluate")
         if evaluate.data and counts.get(asked, evaluate.questions) < evaluate.questions:
             problems.append(str(too_many_questions(evaluate, counts[asked])))
+        trained = read.get(results.named(settings, link.name, "finetune"), [])
+        if not evaluate.data and len(trained) == 1 and trained[0].tied:
+            problems.append(str(all_tied(trained[0].rows, setting="evaluate.held_out")))
     return problems
 
 

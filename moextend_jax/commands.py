@@ -220,8 +220,8 @@ class GenerateOptions(SpeakOptions):
     prompt: str | None = None
     """what to say to the model; `-`, or none where something is piped in, takes standard input, a prompt a line"""
     _: KW_ONLY
-    image: Path | None = None
-    """picture file to show it"""
+    image: tuple[Path, ...] = ()
+    """picture file to show it; again for each further one"""
     show: tuple[str, ...] = ()
     """MEDIUM=FILE of other media to show it, as audio=a.wav"""
     max_new_tokens: Count = 64
@@ -252,7 +252,7 @@ def generate(options: GenerateOptions) -> None:
 
 def shown_of(options: GenerateOptions) -> dict[str, list[Path]]:
     """The files that are shown, by medium."""
-    items: dict[str, list[Path]] = {} if options.image is None else {"image": [options.image]}
+    items: dict[str, list[Path]] = {"image": [*options.image]} if options.image else {}
     for text in options.show:
         name, equals, file = text.partition("=")
         if not (name and equals and file):

@@ -22,7 +22,6 @@ from typing import Any
 from moextend_jax import distributed, machine
 from moextend_jax.config import MoextendError
 from moextend_jax.evaluate.chains import chain_table, learnt_on
-from moextend_jax.evaluate.summary import CHAINS
 from moextend_jax.folders import is_url
 from moextend_jax.outside import read_object
 from moextend_jax.report.page import write_report
@@ -98,7 +97,7 @@ def run_chains(settings: RunSettings, workdir: Path, *, run: MakeRun) -> dict[st
     write_json(workdir / "summary.json", summary)
     screen = console()
     for name, chain in summary["chains"].items():
-        screen.print(chain_table(CHAINS[name], chain))
+        screen.print(chain_table(name, chain))
     if distributed.first():
         print(f"report: {write_report(workdir)}")
     return summary

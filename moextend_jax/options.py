@@ -16,6 +16,7 @@ import textwrap
 import types
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union, cast, get_args, get_origin
 
 from moextend_jax.config import LARGEST, MoextendError, Range
@@ -175,7 +176,7 @@ def allowed(kind: Any) -> str:
         return " ".join(filter(None, [allowed(arguments[0]), *map(str, ranges)]))
     if origin is Literal:
         return f"one of {', '.join(map(str, arguments))}"
-    if origin is tuple:
+    if origin is tuple and arguments != (Path, ...):
         each = allowed(arguments[0])
         return f"A,B,... {each}".rstrip() if arguments[-1] is Ellipsis else f"{len(arguments)} values"
     return {int: "whole number", float: "number"}.get(kind, "")

@@ -193,7 +193,7 @@ def read(kind: Any, texts: Sequence[str], *, what: str) -> Any:
             raise MoextendError(f"{what} = {text!r} is not one of {', '.join(choices)}{meant(text, choices)}")
         return choices[text]
     if origin is tuple:
-        if len(texts) == 1:
+        if len(texts) == 1 and arguments != (Path, ...):  # names of files may have commas
             texts = _parts(text.strip())
         parts = arguments[:1] * len(texts) if arguments[-1] is Ellipsis else arguments
         if len(parts) != len(texts):

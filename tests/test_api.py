@@ -105,10 +105,11 @@ def test_a_picture_may_be_a_file_its_bytes_an_image_or_an_array(model: mx.Model,
         (pixels_hwc / 255, r"uint8 \[height, width, 3\] .* not float64\[40, 57, 3\]"),
         (picture.with_name("none.png"), "none.png cannot be read: No such file"),
         (3, "a int is no picture"),
-        ([picture], "one text has one image"),
+        ([picture], r'show several in one text as items=\{"image"'),
     ):
-        with pytest.raises(mx.MoextendError, match=message):
-            model.generate(QUESTION, wrong, max_new_tokens=NEW)  # pyright: ignore[reportArgumentType]
+        for ask in (model.generate, model.routing):
+            with pytest.raises(mx.MoextendError, match=message):
+                ask(QUESTION, wrong)  # pyright: ignore[reportArgumentType]
     with pytest.raises(mx.MoextendError, match="2 texts, but 1 images"):
         model.generate([QUESTION, QUESTION], [picture])
 
@@ -279,6 +280,10 @@ def test_a_run_is_the_command_s_with_settings_as_keywords(started: list[tuple], 
     assert changed.align.steps == 110 and changed.finetune.optimizer.multipliers == {"calibrators": 0.02}
     assert changed.recipe.prompt == "released" and workdir == tmp_path and resumed is None
     assert same == run.settings and elsewhere == Path("elsewhere")
+    mx.run("own", workdir=tmp_path, data=Path("own.jsonl"), images="pictures", align={"data": "captions.jsonl"})
+    own = started.pop()[0]
+    assert [of.data for of in (own.align, own.extend, own.finetune, own.full)] == ["captions.jsonl", *["own.jsonl"] * 3]
+    assert own.images == "pictures" and own.evaluate.data == ""
     for config, change, message in (
         ("demmo", {}, "there is no configuration demmo"),
         ("demo", {"finetune": {"step": 3}}, "config.finetune.step is no setting"),

@@ -350,10 +350,12 @@ def test_a_chat_remembers_what_was_said_and_shown_until_it_is_reset(trained: Ask
     assert [line for line in text.splitlines() if line.startswith("so")] == ["so 1", "so 2", "so 3", "so 4"]
 
 
-def test_a_mistake_ends_the_answer_and_not_the_chat(trained: Askable, run: Run, heard: list[str]):
+def test_a_mistake_ends_the_answer_and_not_the_chat(trained: Askable, run: Run, heard: list[str], tmp_path: Path):
     text = talk(trained, "<image> which?", "Hello")
     assert "1 <image> marks in the questions but 0 images" in text and heard == ["0: Hello"]
     assert "cannot see: choose another --model of the run" in talk(askable(run, "base"), "/image some.png")
+    blind = open_run(dataclasses.replace(run.settings, vision="none", medium="", text_isolation="none"), tmp_path)
+    assert "cannot see: no model of this run has learnt pictures" in talk(askable(blind, "base"), "/image some.png")
     assert talk(trained, "/image", "/show", "/show image ") == 3 * f"{chat.HELP}\n"
 
 

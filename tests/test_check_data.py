@@ -244,3 +244,21 @@ def test_lengths_that_the_data_decide_limit_nothing(folder, capsys):
     code, record = checked(own, capsys)
     assert (code, record["problems"]) == (0, []), record
     assert [reading["stages"] for reading in record["data"]] == [["align", "extend", "finetune", "full"], ["evaluate"]]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_rows_that_are_all_tied_by_their_pictures_are_said_to_be_so(folder, capsys, apart: bool):
+    """Row n shows pictures n and n + 1: none can be held out unseen, unless one row shows others."""
+    path = folder / "llava_v1_5_mix665k.json"
+    rows = [row | {"image": [f"{n + 6}.jpg", f"{n + 7}.jpg"]} for n, row in enumerate(json.loads(path.read_text())[:8])]
+    rows[4]["image"] = ["1.jpg", "2.jpg"] if apart else rows[4]["image"]
+    for row in rows:
+        row["conversations"][0]["value"] = "<image>\n<image>\nwhat?"
+    path.write_text(json.dumps(rows))
+    run = dataclasses.replace(
+        settings(folder, faults=skipping()), evaluate=EvaluateSettings(data="", questions=1, length=300)
+    )
+    many = {name: dataclasses.replace(getattr(run, name), images_per_row=2) for name in ("extend", "finetune", "full")}
+    said = "evaluate.held_out: all 8 rows share pictures or say the same, so none can be held out unseen"
+    problems = checked(dataclasses.replace(run, **many), capsys)[1]["problems"]
+    assert problems == ([] if apart else [f"{said}; name other rows in evaluate.data"])

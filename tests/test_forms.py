@@ -300,10 +300,18 @@ SHAPES: list[tuple[dict[str, Any], list[dict[str, str]], tuple[str, ...]]] = [
     ({"prompt": "<image> a?", "completion": "b", "image": "x.png"}, talk("<image> a?", "b"), ("x.png",)),
     ({"instruction": "add", "input": "2 and 3", "output": 5}, talk("add\n2 and 3", "5"), ()),
     ({"instruction": "square", "input": 0, "output": 0.5}, talk("square\n0", "0.5"), ()),
+    ({"instruction": "sort", "input": '{"b": 1}', "output": "c", "history": [["a?", 1], ["b?", "2"]], "image": "x.png"},
+     talk("<image>\na?", "1", "b?", "2", 'sort\n{"b": 1}', "c"), ("x.png",)),
+    ({"question": "1 or 2? Cats sit.", "answer": "1", "choices": [1, "2"], "context": "Cats sit.\n", "options": None},
+     talk("1 or 2? Cats sit.", "1"), ()),
     ({"question": "a?", "answer": "b", "image": float("nan"), "prompt": float("nan")}, talk("a?", "b"), ()),
     ({"instruction": "add", "input": "", "output": "5", "system": "s"}, talk("add", "5", system="s"), ()),
     ({"caption": "a cat", "image_path": "x.png"}, talk("<image>\nDescribe the image.", "a cat"), ("x.png",)),
     ({"text": "a cat", "file_name": "x.png"}, talk("<image>\nDescribe the image.", "a cat"), ("x.png",)),
+    ({"text": "a bell", "file_name": "x.WAV"}, talk("<audio>\nDescribe the sound.", "a bell"), ("x.WAV",)),
+    ({"text": "a bell", "file_name": "x.mp3"}, talk("<audio>\nDescribe the sound.", "a bell"), ("x.mp3",)),
+    ({"question": "a?", "answer": "b", "image_file_name": "x.png", "audio_file_name": "y.flac", "file_name": "z"},
+     talk("<image>\n<audio>\na?", "b"), ("x.png", "y.flac")),
     ({"image": "x.png", "image_url": "https://a/x.png", "text": "c"}, talk("<image>\nDescribe the image.", "c"),
      ("x.png",)),
     ({"texts": [{"user": "a?", "assistant": "b", "source": "s"}, {"user": "c", "assistant": "d"}], "images": ["x.png"]},
@@ -328,11 +336,12 @@ SHAPES: list[tuple[dict[str, Any], list[dict[str, str]], tuple[str, ...]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("row", "turns", "images"), SHAPES, ids=range(len(SHAPES)))
-def test_a_row_of_every_usual_shape(tmp_path: Path, row: dict[str, Any], turns: Any, images: tuple[str, ...]):
+@pytest.mark.parametrize(("row", "turns", "items"), SHAPES, ids=range(len(SHAPES)))
+def test_a_row_of_every_usual_shape(tmp_path: Path, row: dict[str, Any], turns: Any, items: tuple[str, ...]):
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
     (entry,) = read_entries(tmp_path / "a.jsonl")
-    assert (entry.turns, entry.images, entry.fault and str(entry.fault)) == (turns, images, None)
+    names = tuple(item.name for item in entry.items)
+    assert (entry.turns, names, entry.fault and str(entry.fault)) == (turns, items, None)
     assert entry.id == "0"
 
 
@@ -354,6 +363,18 @@ NOT_READ: list[tuple[Any, str, str]] = [
     ({"image": "x.png", "caption": ""}, "empty_answer", "its caption is empty"),
     ({"question": "a?", "answer": float("nan")}, "empty_answer", "its answer is empty"),
     ({"instruction": "add", "input": [2, 3], "output": "5"}, "entry", r"its input must be text, not \[2, 3\]"),
+    (
+        {"question": "a?", "answer": 1, "choices": ["b", "c"]},
+        "entry",
+        "what its choices says is not read; write it",
+    ),
+    (
+        {"prompt": "add", "input": "2", "response": "b"},
+        "entry",
+        "its input says is not read; write it into the prom",
+    ),
+    ({"question": "a?", "answer": ["b"]}, "entry", r"its answer must be text, not \['b'\]"),
+    ({"question": "a?", "answer": "b", "history": ["c"]}, "entry", r"its history must be pairs .* not \['c'\]"),
     ([1], "entry", "this is not an object with keys"),
     ({"messages": [part(type="file", file="a.pdf"), SAID]}, "entry", "a part of a turn, 'file', is neither text nor"),
     ({"messages": [part(type="audio"), SAID], "image": "x.png"}, "marks", "it shows more audio than it has"),

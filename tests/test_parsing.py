@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import pytest
 
 from moextend_jax import configurations
-from moextend_jax.commands import RunOptions
+from moextend_jax.commands import GenerateOptions, RunOptions, shown_of
 from moextend_jax.config import Count, MoextendError, Range
 from moextend_jax.configurations import load
 from moextend_jax.options import OneOf, Sets, describe
@@ -132,6 +132,13 @@ def test_a_list_by_place_takes_all_that_leave_one_for_each_other():
     with pytest.raises(MoextendError, match="put needs --parts: what of"):
         parse(Several, ["a", "d"], command="put", does="")
     assert parse(Several, ["--help"], command="put", does="").startswith("moextend put BASE PARTS ... OUT [--OPTION")
+
+
+def test_every_picture_of_a_command_is_shown_whatever_commas_are_in_its_name(tmp_path: Path):
+    words = ["what?", f"--workdir={tmp_path}", "--image", "a,b.png", "--image=c.png", "--show=image=d.png"]
+    options = parse(GenerateOptions, words, command="generate", does="")
+    assert shown_of(options) == {"image": [Path("a,b.png"), Path("c.png"), Path("d.png")]}
+    assert "A,B" not in parse(Several, ["--help"], command="put", does="").partition("--share")[0]
 
 
 def test_all_that_is_lacking_is_named():

@@ -136,6 +136,8 @@ class Report:
     counts: Counter[str] = field(default_factory=Counter)
     first: dict[str, list[ReportedFault]] = field(default_factory=dict)
     skipped: int = 0
+    tied: bool = False
+    """Whether all rows share items, directly or by way of other rows."""
     error: str | None = None
     """Why the rest could not be read."""
     repeats: float = 1.0
@@ -331,6 +333,7 @@ def _finish(rows: _Rows, items: _Items, faults: FaultSettings) -> None:
     shows = np.concatenate(rows.shows) if rows.shows else np.zeros((0, 2), np.int32)
     numbers, first = np.unique(shows[:, 1], return_index=True)
     report.items = Counter(names[number].mark for number in numbers)
+    report.tied = report.rows > 1 and _is_tied(shows, rows=report.rows)
     by_item = {int(item): int(shows[at, 0]) for item, at in zip(numbers, first, strict=True)}
     faulty = [item for item in sorted(items.faults) if item in by_item]
     for item in faulty:
@@ -341,6 +344,19 @@ def _finish(rows: _Rows, items: _Items, faults: FaultSettings) -> None:
         rows.faulty.setdefault(int(number), set()).add(items.faults[int(item)].kind)
     report.skipped = sum(any(faults.policy(kind) == "skip" for kind in kinds) for kinds in rows.faulty.values())
     report.counts = Counter({kind: report.counts[kind] for kind in KINDS if report.counts[kind]})
+
+
+def _is_tied(shows: np.ndarray, *, rows: int) -> bool:
+    """Whether pairs (entry, item) tie all `rows` together; a row without an item is tied to none."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    entries, entry = np.unique(shows[:, 0], return_inverse=True)
+    if len(entries) < rows:
+        return False
+    total = rows + int(shows[:, 1].max()) + 1
+    _, parts = connected_components(coo_array((np.ones(len(shows)), (entry, rows + shows[:, 1])), shape=(total, total)))
+    return bool((parts[:rows] == parts[0]).all())
 
 
 # --- processes --------------------------------------------------------------------------------------------------------

@@ -17,18 +17,15 @@ from typing import Any, NamedTuple, cast
 from moextend_jax.config import MoextendError
 from moextend_jax.data.json_values import MOST_ENTRY, Row, one_line, open_file, unreadable
 from moextend_jax.folders import absolute
-from moextend_jax.media import KINDS, plurals
+from moextend_jax.media import KIND_OF_SUFFIX, KINDS, SOUNDS_UNREAD, plurals
 from moextend_jax.outside import Repeated, without_repeats
 
-MEMBERS = {suffix: kind for kind in reversed(KINDS) for suffix in KINDS[kind].suffixes}
-"""Suffix of a member -> the key of its file; if several kinds have the suffix, the first. An animation is a video if
-the row's JSON says so."""
 NAMING = {kind: plurals(kind)[::-1] for kind in reversed(KINDS)}
 """Key of members -> keys of the JSON that may name them. A member that one key has taken is not taken by later
 ones."""
 UNREAD = {
     **dict.fromkeys(("mp4", "avi", "mov", "webm", "mkv"), "an animation (.webp)"),
-    **dict.fromkeys(("mp3", "m4a", "aac", "wma"), ".flac"),
+    **dict.fromkeys(SOUNDS_UNREAD, ".flac"),
 }
 """Suffixes of what is not read, and what to convert it to."""
 
@@ -98,9 +95,9 @@ def _row(path: Path, tar: tarfile.TarFile, key: str, members: list[_Member]) -> 
         stem, _, suffix = kind.rpartition(".")
         if info.sparse is not None:
             return Row(path, place, None, [], f"{info.name} is a sparse file, which is not read")
-        if suffix in MEMBERS:
+        if suffix in KIND_OF_SUFFIX:  # an animation is a video if the row's JSON says so
             span = Span(os.fspath(absolute(path)), info.offset_data, info.size, info.name)
-            members_of.setdefault(MEMBERS[suffix], []).append(span)
+            members_of.setdefault(KIND_OF_SUFFIX[suffix], []).append(span)
         elif suffix in UNREAD:
             return Row(path, place, None, [], f"what {info.name} holds is not read; convert it to {UNREAD[suffix]}")
         elif suffix in ("json", "txt"):

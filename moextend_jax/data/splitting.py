@@ -62,13 +62,16 @@ def hold_out_pictures(source: Source, *, part: float, seed: int, setting: str) -
             chosen[rows] = True
     if not chosen.any():  # every group is larger than wanted: the smallest is nearest
         if len(groups) == 1:
-            raise MoextendError(
-                f"{setting}: all {len(once)} rows share pictures or say the same, so none can be held out unseen"
-            )
+            raise all_tied(len(once), setting=setting)
         chosen[min(groups, key=lambda group: len(group[1]))[1]] = True
     held_out = select(once, np.flatnonzero(chosen))
     rest = ~chosen if once is source else ~np.isin(np.asarray(source.picked), np.asarray(held_out.picked))
     return HoldOut(held_out, select(source, np.flatnonzero(rest)))
+
+
+def all_tied(rows: int, *, setting: str) -> MoextendError:
+    tied = f"{setting}: all {rows} rows share pictures or say the same, so none can be held out unseen"
+    return MoextendError(f"{tied}; name other rows in evaluate.data")
 
 
 def without(source: Source, *unseen: Source) -> Source:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from moextend_jax.config import MediumKind
 from moextend_jax.faults import Fault
-from moextend_jax.media import KINDS, mark_of, plurals
+from moextend_jax.media import KINDS, kind_of_file, mark_of, plurals
 
 ROLES = {
     "human": "human", "user": "human", "prompter": "human",
@@ -30,11 +30,15 @@ ROLES = {
 """Other people's names of roles. All others (tool, function, observation, ...) stay, to be refused."""
 
 
+FILE_NAMES = ("file_name", "filename")
+"""Keys that do not say of which kind a file is; its suffix does: a picture unless it is that of another kind."""
+
+
 def _keys(kind: MediumKind) -> tuple[tuple[str, ...], ...]:
-    paths = (f"{kind}_path", f"{kind}_paths", f"{kind}_file", f"{kind}_files")
+    paths = tuple(f"{kind}_{of}" for of in ("path", "paths", "file", "files", "file_name", "file_names"))
     if kind != "image":
-        return plurals(kind), paths
-    return plurals(kind), (*paths, "img", "img_path", "picture"), ("file_name", "filename"), ("image_url", "image_urls")
+        return plurals(kind), paths, FILE_NAMES
+    return plurals(kind), (*paths, "img", "img_path", "picture"), FILE_NAMES, ("image_url", "image_urls")
 
 
 ITEM_KEYS: dict[MediumKind, tuple[tuple[str, ...], ...]] = {kind: _keys(kind) for kind in KINDS}
@@ -49,6 +53,8 @@ FILE_KEYS = ("bytes", "path", "url", "data", "array")
 
 QUESTIONS = ("question", "prompt", "instruction", "query")
 ANSWERS = ("answer", "completion", "response", "output")
+BESIDE_QUESTIONS = ("context", "choices", "options", "input")
+"""Keys whose texts the question must hold, since they are not read: without them it would be another question."""
 CAPTIONS = ("caption", "text")
 CAPTION_QUESTION = {"audio": "Describe the sound.", "features": "Describe this."}
 """By the kind of the row's first item: `Describe the image.` unless it says another."""
@@ -142,11 +148,13 @@ def _items_of(value: Mapping[str, Any]) -> list[Item]:
 def _of_kind(value: Mapping[str, Any], kind: MediumKind, lines: tuple[tuple[str, ...], ...]) -> list[Item]:
     for keys in lines:
         named = {key: _named(value[key], kind) for key in keys if value.get(key)}
+        if keys is FILE_NAMES:
+            named = {key: [item for item in of if kind_of_file(item.file) == kind] for key, of in named.items()}
         lists = list(named.values())
         if any(other != lists[0] for other in lists[1:]):
             noun = "pictures" if kind == "image" else "items"
             raise Fault(f"{' and '.join(named)} name different {noun}", "entry")
-        if lists:
+        if lists and lists[0]:
             return lists[0]
     return []
 
@@ -209,10 +217,24 @@ def _question(value: Mapping[str, Any], key: str, items: list[Item]) -> NormalTu
     if isinstance(value[key], list) and isinstance(answer, list):  # messages, parted where the answer begins
         return _marked(_talk([*value[key], *answer], items))
     more = _number(value.get("input")) if key == "instruction" else None
-    if more and not isinstance(more, str):
-        raise Fault(f"its input must be text, not {more!r:.60}", "entry")
+    for name, text in (("input", more), (key, value[key]), ("answer", answer)):
+        if text and isinstance(text, list | dict):
+            raise Fault(f"its {name} must be text, not {text!r:.60}", "entry")
     question = f"{value[key]}\n{more}" if more and more.strip() else value[key]
-    return _marked(NormalTurns([_turn("human", _number(question)), _turn("gpt", _number(answer))], items))
+    for name in BESIDE_QUESTIONS:
+        if not _holds(f"{question}", value.get(name) or ""):
+            raise Fault(f"what its {name} says is not read; write it into the {key}, or leave it out", "entry")
+    earlier = _parsed(value.get("history")) or []
+    if not isinstance(earlier, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in earlier):
+        raise Fault(f"its history must be pairs of a question and its answer, not {earlier!r:.60}", "entry")
+    texts = [text for pair in (*earlier, (question, answer)) for text in pair]
+    turns = [_turn(role, _number(text)) for role, text in zip(("human", "gpt") * len(texts), texts, strict=False)]
+    return _marked(NormalTurns(turns, items))
+
+
+def _holds(text: str, content: Any) -> bool:
+    """Whether a text has the content in it, or every part of a list."""
+    return f"{content}".strip() in text or all(f"{part}".strip() in text for part in _as_list(content))
 
 
 def _caption(value: Mapping[str, Any], key: str, items: list[Item]) -> NormalTurns | None:

@@ -30,6 +30,14 @@ ScoreMatrix = Mapping[str, Mapping[str, float]]
 """after -> on -> score."""
 
 
+CHAIN_TITLES = {
+    "strict": "Extensions under strict isolation",
+    "open": "Extensions without isolation",
+    "full": "Everything tuned on",
+}
+"""Of chains in tables and pages, where another goes by its own name."""
+
+
 def score_matrix(scores: ScoreMatrix) -> dict[str, Any]:
     """`{"scores", "transfer", "forgetting", "backward_transfer"}` of a chain, numbers all of them.
 
@@ -64,10 +72,12 @@ def learnt_on(on: str) -> str:
     return on.partition("/")[0]
 
 
-def chain_table(title: str, chain: Mapping[str, Any]) -> Table:
+def chain_table(name: str, chain: Mapping[str, Any]) -> Table:
     """Prints what `score_matrix` returned: a line per extension learnt, its scores, transfer and forgetting."""
     tested = columns(chain)
-    table = table_of(["after", *tested, "transfer", "forgetting"], title=title, title_justify="left")
+    table = table_of(
+        ["after", *tested, "transfer", "forgetting"], title=CHAIN_TITLES.get(name, name), title_justify="left"
+    )
     for after, row in chain["scores"].items():
         cells = [f"{row[on]:.3f}" if on in row else "" for on in tested]
         table.add_row(after, *cells, f"{chain['transfer'][after]:.3f}", f"{chain['forgetting'][after]:+.3f}")

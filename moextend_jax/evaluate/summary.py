@@ -16,12 +16,6 @@ from moextend_jax.runs.models_of import frozen_unchanged, grown_config
 from moextend_jax.runs.run import Run, write_json
 from moextend_jax.terminal import table_of
 
-CHAINS = {
-    "strict": "an extension for each medium, strict text isolation",
-    "open": "the same without isolation",
-    "full": "full fine-tuning on one after another",
-}
-
 
 def summarise(run: Run, evaluated: dict[str, Any], *, total_seconds: float | None) -> dict[str, Any]:
     """summary.json: the evaluation, seconds of each stage, sizes, and whether the pretrained weights are untouched.
@@ -87,8 +81,8 @@ def print_table(summary: dict[str, Any], console: Console) -> None:
     for on, scores in summary.get("composed", {}).items():
         rows = ([name, f"{score:.3f}"] for name, score in scores.items())
         console.print(table_of(["", "accuracy"], rows, left=2, title=f"{on}: extensions put together"))
-    for title, chain in summary.get("chains", {}).items():
-        console.print(chains.chain_table(CHAINS[title], chain))
+    for name, chain in summary.get("chains", {}).items():
+        console.print(chains.chain_table(name, chain))
     console.print(
         f"questions: {accuracy['questions']}; pretrained weights bit-identical: "
         f"{'yes' if summary['frozen_unchanged'] else 'NO'}; seconds: "

@@ -61,6 +61,17 @@ KINDS: dict[MediumKind, Kind] = {
 }
 
 
+KIND_OF_SUFFIX: dict[str, MediumKind] = {suffix: kind for kind in reversed(KINDS) for suffix in KINDS[kind].suffixes}
+"""If several kinds have a suffix, the first of them."""
+SOUNDS_UNREAD = ("mp3", "m4a", "aac", "wma")
+
+
+def kind_of_file(name: Any) -> MediumKind:
+    """By its suffix; a picture where that says nothing else, and so is what is not a name."""
+    suffix = name.rpartition(".")[2].lower() if isinstance(name, str) else ""
+    return "audio" if suffix in SOUNDS_UNREAD else KIND_OF_SUFFIX.get(suffix, "image")
+
+
 def plurals(kind: MediumKind) -> tuple[str, ...]:
     """What one item and several are called in data: `image`, `images`."""
     return (kind,) if kind.endswith("s") else (kind, f"{kind}s")

@@ -13,17 +13,10 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from moextend_jax.evaluate.chains import columns, learnt_on, score_matrix
+from moextend_jax.evaluate.chains import CHAIN_TITLES, columns, learnt_on, score_matrix
 from moextend_jax.report.canvas import LINE, MUTED, OURS, RIVAL, heatmap
 from moextend_jax.report.markup import how, picture, pictures
 from moextend_jax.report.workdir import malformed
-
-CHAIN_TITLES = {
-    "strict": "Extensions under strict isolation",
-    "open": "Extensions without isolation",
-    "full": "Everything tuned on",
-}
-"""Of chains in pages; another goes by its own name."""
 
 
 def chains_section(summary: Mapping[str, Any] | None) -> str:

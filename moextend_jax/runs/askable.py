@@ -214,6 +214,7 @@ def askable(run: Run, name: str, *, dtype: str | None = None) -> Askable:
         identify=lambda: identity if dtype is None else f"{identity}-{dtype}",
         read_tokenizer=lambda: run.tokenizer,
         open_base=lambda: askable(run, "base", dtype=dtype),
+        to_see=Askable.to_see if IMAGE in run.config.media else "no model of this run has learnt pictures",
     )
 
 
