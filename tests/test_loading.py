@@ -314,6 +314,20 @@ def test_a_projector_may_be_imported_and_a_folder_without_one_is_refused(tmp_pat
         open_source(tmp_path / "base", projector=tmp_path / "whole")
 
 
+@pytest.mark.parametrize("kept", ["decoder/|extensions/|media/image/tower/", "decoder/|extensions/"])
+def test_a_released_checkpoint_takes_a_projector_that_it_lacks(tmp_path: Path, kept: str):
+    whole = open_source(folders.released(tmp_path / "whole"))
+    folder = folders.released(tmp_path / "part", keep=kept)
+    vision = None if "tower" in kept else folders.clip(tmp_path / "clip")
+    path = folders.projector(tmp_path / "projector")
+    opened = open_source(folder, vision=vision, projector=path)
+    assert opened.config == whole.config and hashes.stored_hash(opened.leaves) == hashes.stored_hash(whole.leaves)
+    with pytest.raises(MoextendError, match=r"Missing: model\.visual\.mm_projector\.0\.bias"):
+        open_source(folder, vision=vision)
+    with pytest.raises(MoextendError, match="whole has a projector already"):
+        open_source(tmp_path / "whole", projector=path)
+
+
 def seeing(*, projector: ProjectorConfig, tower: VisionConfig = tiny.VISION) -> Source:
     """A model whose pictures go through this projector."""
     sound = dataclasses.replace(tiny.SOUND, projector=ProjectorConfig())

@@ -11,7 +11,7 @@ import collections
 import dataclasses
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -121,11 +121,11 @@ def part_of(path: str) -> str:
 class _Wanted(NamedTuple):
     """What `open_source` was asked for beside the folder; see there."""
 
-    base: Path | None
-    vision: Path | None
-    projector: Path | None
-    feature_layer: int | None
-    dtype: str | None
+    base: Path | None = None
+    vision: Path | None = None
+    projector: Path | None = None
+    feature_layer: int | None = None
+    dtype: str | None = None
 
 
 class Checkpoint(NamedTuple):
@@ -219,27 +219,23 @@ def open_source(
     Raises:
       MoextendError: anything that is not as it should be.
     """
-    wanted = _Wanted(base, vision, projector, feature_layer, dtype)
+    folder, wanted = named_folder(os.fspath(folder)), _Wanted(base, vision, projector, feature_layer, dtype)
     with reading(folder):
-        return _open_source(named_folder(os.fspath(folder)), wanted)
-
-
-def _open_source(folder: Path, wanted: _Wanted) -> Source:
-    base, vision, projector = wanted.base, wanted.vision, wanted.projector
-    if not folder.exists():
-        where = "" if is_url(folder) or folder.is_absolute() else f" in {Path.cwd()}"
-        raise MoextendError(f"{folder} does not exist{where}: give the folder of a model, as published or imported")
-    read = _imported if store.is_imported(folder) else _adapter if peft.is_adapter(folder) else _foreign
-    source = read(folder, wanted)
-    if vision and "vision" not in source.parts:
-        source = _with_tower(source, vision, wanted)
-    elif vision and base is None and (store.is_imported(folder) or source.record.layout != "released"):
-        raise MoextendError(f"{folder} has a vision tower already; leave --vision {vision} out")
-    if projector and "projector" not in source.parts:
-        source = _with_projector(source, projector)
-    elif projector and base is None:
-        raise MoextendError(f"{folder} has a projector already; leave --projector {projector} out")
-    return source
+        if not folder.exists():
+            where = "" if is_url(folder) or folder.is_absolute() else f" in {Path.cwd()}"
+            raise MoextendError(f"{folder} does not exist{where}: give the folder of a model, as published or imported")
+        imported = store.is_imported(folder)
+        read = _imported if imported else _adapter if peft.is_adapter(folder) else _foreign
+        source = read(folder, wanted)
+        if vision and "vision" not in source.parts:
+            source = _with_tower(source, vision, wanted)
+        elif vision and base is None and (imported or source.record.layout != "released"):
+            raise MoextendError(f"{folder} has a vision tower already; leave --vision {vision} out")
+        if projector and "projector" not in source.parts:
+            source = _with_projector(source, projector)
+        elif projector and base is None:
+            raise MoextendError(f"{folder} has a projector already; leave --projector {projector} out")
+        return source
 
 
 def folder_of(name: str, *, inside: str = "") -> Path:
@@ -279,7 +275,7 @@ def open_base(base: str, vision: str, *, feature_layer: int) -> Source:
             f'{folder} has no vision tower of its own, which config.vision = "" asks for: name a tower with --vision'
         )
     if "vision" not in source.parts:
-        source = _with_tower(source, EMBEDDED / "vision", _Wanted(None, None, None, feature_layer, None))
+        source = _with_tower(source, EMBEDDED / "vision", _Wanted(feature_layer=feature_layer))
     checked_base(source, folder)
     pretrained = {path: leaf for path, leaf in source.leaves.items() if hashes.is_pretrained(path)}
     return source._replace(leaves=pretrained)
@@ -380,7 +376,7 @@ def _imported(folder: Path, wanted: _Wanted) -> Source:
         return source._replace(record=record._replace(config=with_vision(record.config, vision)))
     if base is None:
         raise MoextendError(f"{folder} is a delta; name its base with --base DIR")
-    below = _open_source(base, wanted._replace(base=None))
+    below = open_source(base, **wanted._replace(base=None)._asdict())
     known = hashes.BaseHashes(*distributed.from_first(lambda: hashes.base_hashes(below.leaves)))  # of many bytes
     delta.check_base(record, known, decoder=below.config.decoder, where=folder, base=base)
     hashes.leaf_hashes(matched)  # refuses a delta that is not what was written
@@ -400,7 +396,7 @@ def _adapter(folder: Path, wanted: _Wanted) -> Source:
         raise MoextendError(
             f"{folder} holds a LoRA in PEFT's files; name the base that it was trained on with --base DIR"
         )
-    below = _open_source(wanted.base, wanted._replace(base=None))
+    below = open_source(wanted.base, **wanted._replace(base=None)._asdict())
     if "decoder" not in below.parts:
         raise MoextendError(f"{wanted.base} cannot be a base: it holds no decoder")
     if peft.NAME in below.config.added:
@@ -413,70 +409,50 @@ def _adapter(folder: Path, wanted: _Wanted) -> Source:
 
 
 def _foreign(folder: Path, wanted: _Wanted) -> Source:
-    stored, notes = spelling.unwrapped(open_tensors(folder))
-    at = folder / "config.json"
-    attributes = huggingface.read_json(at) if folder.is_dir() and at.exists() else None
+    """Somebody else's folder or file: names are made the published ones, then the reader of its layout takes it."""
+    (stored, notes), attributes = spelling.unwrapped(open_tensors(folder)), _attributes(folder)
+    at, layout = folder / "config.json", "released"
     if attributes and llava.is_llava(attributes) and llava.is_whole(stored):
         stored, layout = spelling.respelled(stored, llava.spellings(llava.tower_of(attributes, where=at))), "hf"
         attributes, feature_layer = llava.released_attributes(attributes, where=at)
         if wanted.feature_layer is None:
             wanted = wanted._replace(feature_layer=feature_layer)
-    else:
-        layout = "released"
-    family = str(attributes.get("model_type")) if attributes else ""
-    stored, more = spelling.published(stored, family if family in FAMILIES else "mixtral")
+    model_type = str(attributes.get("model_type"))
+    stored, more = spelling.published(stored, model_type if model_type in FAMILIES else "mixtral")
     if layout == "hf" or wanted.base is not None or _is_released(stored, attributes):
         source = _released(folder, stored, attributes, wanted, layout=layout)
-        projector = ("llava_hf", "") if layout == "hf" else source.record.projector
-        source = source._replace(record=source.record._replace(projector=projector))
-    else:
-        source = _plain(folder, stored, attributes, wanted)
-    return source._replace(notes=(*notes, *more, *source.notes))
-
-
-def _plain(folder: Path, stored: Mapping[str, Stored], attributes: dict[str, Any] | None, wanted: _Wanted) -> Source:
-    """A decoder, a picture tower or a projector."""
-    at = folder / "config.json"
-    model_type = attributes.get("model_type") if attributes else None
-    if _projector_table(stored) and (attributes is None or str(model_type).startswith("llava")):
+    elif _projector_table(stored) and (not attributes or model_type.startswith("llava")):
         source = _projector(folder, stored, attributes)
         if beside := len(stored) - len(source.leaves):
             raise MoextendError(f"{folder} holds {beside} tensors besides its projector; to take that, use --projector")
-        return source
-    if attributes is None:
-        raise MoextendError(f"{at} does not exist: not a Hugging Face model folder")
-    if huggingface.is_tower(model_type):
-        return _tower(folder, stored, attributes, wanted)
-    config = ModelConfig(decoder=huggingface.decoder_config(attributes, where=at))
-    matched = leaves.match(
-        _with_one_head(stored, config.decoder),
-        table=config.decoder.family,
-        config=config,
-        where=folder,
-        hint=" A partial save needs its base: --base DIR.",
-        dtype=wanted.dtype,
-    )
-    _check_dtypes(matched, attributes, wanted, table=config.decoder.family, config=config, where=at)
+    else:
+        read = _tower if huggingface.is_tower(attributes.get("model_type")) else _decoder
+        source = read(folder, stored, attributes or huggingface.read_json(at), wanted)
+    return source._replace(notes=(*notes, *more, *source.notes))
+
+
+def _attributes(folder: Path) -> dict[str, Any]:
+    """What config.json says; nothing where there is none."""
+    at = folder / "config.json"
+    return huggingface.read_json(at) if folder.is_dir() and at.exists() else {}
+
+
+def _decoder(folder: Path, stored: Mapping[str, Stored], attributes: dict[str, Any], wanted: _Wanted) -> Source:
+    config = ModelConfig(decoder=huggingface.decoder_config(attributes, where=folder / "config.json"))
+    matched = _matched(folder, stored, attributes, wanted, table=config.decoder.family, config=config)
     # What was packed in four bits has been unpacked.
     kept = {name: value for name, value in attributes.items() if name != "quantization_config"}
-    record = store.Record(config, config.decoder.family, {"decoder": kept})
-    source = Source(matched, record, side_files(folder))
+    source = Source(matched, store.Record(config, config.decoder.family, {"decoder": kept}), side_files(folder))
     if wanted.vision is None and (folder / "vision" / "config.json").is_file():
         source = _with_tower(source, inside(folder / "vision"), wanted)
     return source
-
-
-def _with_one_head(stored: Mapping[str, Stored], decoder: DecoderConfig) -> Mapping[str, Stored]:
-    """A head that is tied to the embedding stands in files of `torch.save(model.state_dict())` a second time."""
-    return {name: t for name, t in stored.items() if name != "lm_head.weight"} if decoder.tied_head else stored
 
 
 def _tower(folder: Path, stored: Mapping[str, Stored], attributes: dict[str, Any], wanted: _Wanted) -> Source:
     at, feature_layer = folder / "config.json", -2 if wanted.feature_layer is None else wanted.feature_layer
     sizes = huggingface.vision_config(attributes, where=at, feature_layer=feature_layer)
     config, table = of_pictures(decoder=DecoderConfig(), vision=sizes), sizes.family
-    matched = leaves.match(stored, table=table, config=config, where=folder, dtype=wanted.dtype)
-    _check_dtypes(matched, {}, wanted, table=table, config=config, where=folder)
+    matched = _matched(folder, stored, attributes, wanted, table=table, config=config)
     # What is imported is the tower alone, for pictures as they are made here, so that is what it says from here on.
     attributes = huggingface.vision_half(attributes, at)
     if any(TOWERS[table].beside.fullmatch(name) for name in stored):
@@ -485,17 +461,17 @@ def _tower(folder: Path, stored: Mapping[str, Stored], attributes: dict[str, Any
     if used != sizes:
         stored, attributes = positions.resized(stored, sizes, used), {**attributes, "image_size": used.image_size}
         config = with_vision(config, used)
-        matched = leaves.match(stored, table=table, config=config, where=folder, dtype=wanted.dtype)
+        matched = _matched(folder, stored, attributes, wanted, table=table, config=config)
     huggingface.check_picture_size(folder, used)
     return Source(matched, store.Record(config, table, {"vision": attributes}), side_files(folder, used))
 
 
-def _projector(path: Path, stored: Mapping[str, Stored], attributes: Mapping[str, Any] | None) -> Source:
+def _projector(path: Path, stored: Mapping[str, Stored], attributes: Mapping[str, Any]) -> Source:
     table = _projector_table(stored)
     if table is None:
         raise MoextendError(f"{path} holds no projector: no tensor is called mm_projector or multi_modal_projector")
     for name, only in {"mm_projector_type": "mlp2x_gelu", "projector_hidden_act": "gelu"}.items():
-        if attributes and attributes.get(name, only) != only:
+        if attributes.get(name, only) != only:
             raise MoextendError(f"{path}: {name} = {shown(attributes[name])} cannot be honoured (only {only!r})")
     _check_kind(stored, where=path)
     first = names.TABLES[table][0].file
@@ -510,13 +486,13 @@ def _projector(path: Path, stored: Mapping[str, Stored], attributes: Mapping[str
 
 
 def _released(
-    folder: Path, stored: Mapping[str, Stored], attributes: dict[str, Any] | None, wanted: _Wanted, *, layout: str
+    folder: Path, stored: Mapping[str, Stored], attributes: dict[str, Any], wanted: _Wanted, *, layout: str
 ) -> Source:
     """A whole released checkpoint, or the tensors that a stage trained over those of its base; a LLaVA, layout hf, with
     its names respelled."""
     base, vision, projector, feature_layer, dtype = wanted
     at = folder / "config.json"
-    facts = _facts(attributes or {}, where=at)
+    facts = _facts(attributes, where=at)
     if feature_layer is None:
         feature_layer = int(facts.get("recipe", {}).get("feature_layer", -1))
     stored = {
@@ -526,16 +502,19 @@ def _released(
     has_tower = any(name.startswith("model.visual.vision_tower.") for name in stored)
     below = None
     if base is not None:
-        below = checked_base(_open_source(base, wanted._replace(base=None, vision=None if has_tower else vision)), base)
+        of_base = wanted._replace(base=None, vision=None if has_tower else vision)
+        below = checked_base(open_source(base, **of_base._asdict()), base)
         seen = with_vision(ModelConfig(decoder=below.config.decoder), below.config.vision, tags=below.config.tags)
         if seen.media != below.config.media:
             raise MoextendError(
                 f"{base} cannot be the base of {folder}, which knows pictures behind two linear maps and nothing else: "
                 "it has other media, or a projector of another kind"
             )
-    listed, composition = (attributes or {}).get("extensions") if layout == "hf" else None, "shared"
+    listed, composition = attributes.get("extensions") if layout == "hf" else None, "shared"
     extension, extensions = (_extension_in(stored) if listed is None else None), dict[str, ExtensionConfig]()
-    if attributes is not None:
+    decoder = below.config.decoder if below else DecoderConfig()
+    if attributes or below is None:
+        attributes = attributes or huggingface.read_json(at)
         ours = ("moextend", "new_experts", *llava.ADDED, *llava.SOUNDS)
         plain = {name: value for name, value in attributes.items() if name not in ours}
         decoder = huggingface.decoder_config(plain, where=at)
@@ -552,7 +531,7 @@ def _released(
             if decoder.experts < decoder.top_k:
                 raise MoextendError(f"{at}: num_local_experts leaves {decoder.experts} besides the new experts")
         named_layers, stored_layers = (part and list(part.layers) for part in (configured, extension))
-        if (named_layers or []) != (stored_layers or []) and (extension or below is None):
+        if named_layers != stored_layers and (extension or below is None):
             raise MoextendError(
                 f"{at}: add_layer is {shown(named_layers)}, but the files hold new experts in layers "
                 f"{shown(stored_layers)}"
@@ -562,20 +541,13 @@ def _released(
         twin = configured is not None and configured.start == "twin"
         if twin and (extension is None or extension.start != "twin" or max(extension.sources) >= decoder.experts):
             raise MoextendError(f"{at}: sources = {shown(attributes['sources'])} are not those of its new experts")
-    elif below is not None:
-        decoder = below.config.decoder
-    else:
-        raise MoextendError(f"{at} does not exist: not a Hugging Face model folder")
     if extension:  # which files know by another name only in layout hf of earlier versions
         blind = bool(attributes) and attributes.get("vision_config") is None and layout == "hf"
         extensions = {str(facts.pop("extension", IMAGE)): dataclasses.replace(extension, medium="" if blind else IMAGE)}
-    if below is not None:
-        delta.check_layers(extensions.values(), below.config.decoder, where=folder, base=base)
-        if decoder != below.config.decoder:
-            raise MoextendError(
-                f"{folder} and its base {base} differ: {delta.differing(decoder, below.config.decoder)}"
-            )
-    delta.check_layers(extensions.values(), decoder, where=folder, base=folder)
+    whole = below.config.decoder if below else decoder
+    delta.check_layers(extensions.values(), whole, where=folder, base=base or folder)
+    if decoder != whole:
+        raise MoextendError(f"{folder} and its base {base} differ: {delta.differing(decoder, whole)}")
     tower, tower_attributes = _tower_sizes(
         folder, stored, attributes, below=below, vision=vision, feature_layer=feature_layer
     )
@@ -583,34 +555,23 @@ def _released(
         raise MoextendError(
             f"{folder} holds a tower of family {tower.family}, where this layout has a CLIP: give it apart"
         )
-    tags = huggingface.image_tags(attributes) if attributes is not None else below and below.config.tags
+    tags = huggingface.image_tags(attributes) if attributes else below and below.config.tags
     config = of_pictures(decoder=decoder, vision=tower, tags=tags)
-    if layout == "hf" and "sounds" in (attributes or {}):
-        config = _with_sounds(config, attributes or {}, where=at)
+    if layout == "hf" and "sounds" in attributes:
+        config = _with_sounds(config, attributes, where=at)
     config = dataclasses.replace(config, extensions=Named(extensions), composition=composition)
     elsewhere = dict(below.leaves) if below else {}
     if vision is not None and not has_tower and below is None:
         elsewhere |= open_source(vision, feature_layer=feature_layer, dtype=dtype).leaves
-    if projector is not None and below is None:
-        elsewhere |= _projector(projector, spelling.unwrapped(open_tensors(projector))[0], None).leaves
-    hint = "" if base else " A partial save needs its base: --base DIR."
-    own = leaves.match(
-        _with_one_head(stored, decoder),
-        table="released",
-        config=config,
-        where=folder,
-        elsewhere=elsewhere,
-        hint=hint,
-        dtype=dtype,
-    )
-    _check_dtypes(own, attributes or {}, wanted, table="released", config=config, where=at)
+    absent = [*elsewhere, *(row.path for row in names.TABLES["llava"] if projector)]
+    own = _matched(folder, stored, attributes, wanted, table="released", config=config, elsewhere=absent)
     decoder_attributes = attributes or (below.record.attributes.get("decoder") if below else None) or {}
     decoder_attributes = {
         name: value
         for name, value in decoder_attributes.items() if name not in ("extensions", "composition", *llava.SOUNDS)
     }  # fmt: skip
     kept = {"decoder": decoder_attributes, "vision": tower_attributes}
-    record = store.Record(config, layout, kept, facts=facts)
+    record = store.Record(config, layout, kept, ("llava_hf" if layout == "hf" else "llava", ""), facts=facts)
     files = {**(below.files if below else {}), **side_files(folder, config.vision)}
     return Source({**elsewhere, **own}, record, files, below.notes if below else ())
 
@@ -647,9 +608,9 @@ def _with_sounds(config: ModelConfig, attributes: Mapping[str, Any], *, where: P
     return dataclasses.replace(config, media=config.media.replacing(name, medium))
 
 
-def _is_released(stored: Mapping[str, Stored], attributes: Mapping[str, Any] | None) -> bool:
+def _is_released(stored: Mapping[str, Stored], attributes: Mapping[str, Any]) -> bool:
     marks = (".gate_vision.", ".weight_scale.", "model.visual.")
-    return "add_layer" in (attributes or {}) or any(mark in name for name in stored for mark in marks)
+    return "add_layer" in attributes or any(mark in name for name in stored for mark in marks)
 
 
 def _extension_in(stored: Mapping[str, Stored]) -> ExtensionConfig | None:
@@ -673,7 +634,7 @@ def _extension_in(stored: Mapping[str, Stored]) -> ExtensionConfig | None:
 def _tower_sizes(
     folder: Path,
     stored: Mapping[str, Stored],
-    attributes: Mapping[str, Any] | None,
+    attributes: Mapping[str, Any],
     *,
     below: Source | None,
     vision: Path | None,
@@ -691,7 +652,7 @@ def _tower_sizes(
     if vision is not None:
         source = open_source(vision, feature_layer=feature_layer)
         return source.config.vision, source.record.attributes.get("vision", {})
-    if attributes and isinstance(nested := attributes.get("vision_config"), dict):
+    if isinstance(nested := attributes.get("vision_config"), dict):
         sizes = huggingface.vision_config(nested, where=folder / "config.json", feature_layer=feature_layer)
         return huggingface.as_prepared(sizes, folder), nested
     if below is not None and "vision" in below.parts and below.config.vision:
@@ -736,9 +697,7 @@ def _with_projector(source: Source, projector: Path) -> Source:
         if "projector" not in other.parts:
             raise MoextendError(f"{projector} holds no projector, only {', '.join(sorted(other.parts))}")
     else:
-        at = projector / "config.json"
-        attributes = huggingface.read_json(at) if projector.is_dir() and at.exists() else None
-        other = _projector(projector, spelling.unwrapped(open_tensors(projector))[0], attributes)
+        other = _projector(projector, spelling.unwrapped(open_tensors(projector))[0], _attributes(projector))
     config, made = source.config, other.config.media[IMAGE]
     if config.vision is None or "vision" not in source.parts:
         raise MoextendError(f"a projector needs a vision tower: name its folder with --vision DIR besides {projector}")
@@ -792,21 +751,25 @@ def _check_kind(stored: Mapping[str, Stored], *, where: Path) -> None:
         raise MoextendError(f"{where}: its projector is of kind {kind}; only mlp2x_gelu is read")
 
 
-def _check_dtypes(
-    matched: Mapping[str, Leaf],
+def _matched(
+    folder: Path,
+    stored: Mapping[str, Stored],
     attributes: Mapping[str, Any],
     wanted: _Wanted,
     *,
     table: str,
     config: ModelConfig,
-    where: Path,
-) -> None:
-    """A decoder is stored in the one element type that its config.json says, a tower in one, unless all is to be cast.
-
-    Routers are let off: a recipe trains them, in float32; so are leaves that are never cast.
-    """
+    elsewhere: Collection[str] = (),
+) -> dict[str, Leaf]:
+    """`leaves.match`, of a decoder in the one element type that its config.json says, of a tower in one, unless all is
+    to be cast. Routers are let off: a recipe trains them, in float32; so are leaves that are never cast."""
+    if config.decoder.tied_head:  # it stands in files of `torch.save(model.state_dict())` a second time
+        stored = {name: tensor for name, tensor in stored.items() if name != "lm_head.weight"}
+    hint = "" if wanted.base or table in TOWERS else " A partial save needs its base: --base DIR."
+    options: dict[str, Any] = {"elsewhere": elsewhere, "hint": hint, "dtype": wanted.dtype}
+    matched = leaves.match(stored, table=table, config=config, where=folder, **options)
     if wanted.dtype is not None:
-        return
+        return matched
     configured = attributes.get("torch_dtype") or attributes.get("dtype")
     for part in ("decoder/", *(f"media/{name}/tower/" for name in config.media)):
         own = {
@@ -823,8 +786,9 @@ def _check_dtypes(
             tensor for tensor in names.tensors(table, config) if tensor.path in own and own[tensor.path].dtype != usual
         ]
         if odd:
-            leaf, so = own[odd[0].path], f"{where} says" if known else "the others have"
+            leaf, so = own[odd[0].path], f"{folder / 'config.json'} says" if known else "the others have"
             raise MoextendError(
                 f"{leaf.where}: {name_list(tensor.file for tensor in odd)} has element type {leaf.dtype}, where {so} "
                 f"{usual}{leaves.CAST}"
             )
+    return matched
