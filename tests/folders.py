@@ -17,8 +17,10 @@ import numpy as np
 import tiny
 from safetensors.numpy import load_file, save_file
 
-from moextend_jax.checkpoints import huggingface, names, store
-from moextend_jax.checkpoints.loading import Source
+from moextend_jax.checkpoints import hashes, huggingface, names, store
+from moextend_jax.checkpoints.loading import Checkpoint
+from moextend_jax.checkpoints.released import attributes_of
+from moextend_jax.checkpoints.source import Source
 from moextend_jax.config import (
     ExtensionConfig,
     FeaturesConfig,
@@ -128,6 +130,11 @@ def projector(path: Path, *, table: str = "llava", prefix: str = "", file: str =
     return path
 
 
+def released_attributes(config: ModelConfig, *, dtype: str) -> dict[str, Any]:
+    tower = huggingface.vision_attributes(config.vision) if config.vision else None
+    return attributes_of(config, huggingface.decoder_attributes(config.decoder, dtype=dtype), tower)
+
+
 def released(
     folder: Path, *, config: ModelConfig = RELEASED, seed: int = 0, keep: str = "", tower: bool = True
 ) -> Path:
@@ -136,7 +143,7 @@ def released(
     tensors = files("released", config, seed=seed)
     if keep:
         tensors = {name: value for name, value in tensors.items() if re.match(keep, paths[name])}
-    attributes = huggingface.released_attributes(config, dtype="bfloat16")
+    attributes = released_attributes(config, dtype="bfloat16")
     attributes["visual"]["heads"] = 16
     if not tower:
         attributes.pop("vision_config", None)
@@ -244,6 +251,11 @@ MANY = ModelConfig(
     dtype="float32",
 )
 """Three kinds of towers and of projectors; extensions of other layers, numbers of experts and sources."""
+
+
+def base_hash(opened: Checkpoint) -> str:
+    """Content hash of the pretrained part as stored."""
+    return opened.source.record.base or hashes.base_hashes(opened.source.leaves).base
 
 
 def source_of(config: ModelConfig, *, seed: int = 0, **facts: Any) -> Source:

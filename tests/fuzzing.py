@@ -40,9 +40,9 @@ from moextend_jax.checkpoints import convert, names
 from moextend_jax.checkpoints.gguf import open_gguf
 from moextend_jax.checkpoints.gguf_tokenizer import write_tokenizer
 from moextend_jax.checkpoints.leaves import Leaf
-from moextend_jax.checkpoints.loading import Source, open_source
 from moextend_jax.checkpoints.npz import read_npz
 from moextend_jax.checkpoints.peft import open_peft
+from moextend_jax.checkpoints.source import Source, open_source
 from moextend_jax.checkpoints.tensors import Stored, open_tensors
 from moextend_jax.checkpoints.transformers_layout import export_transformers
 from moextend_jax.checkpoints.upcycle import open_upcycled

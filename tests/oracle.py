@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from moextend_jax.checkpoints import huggingface
+from moextend_jax.checkpoints import huggingface, released
 from moextend_jax.config import ImageTags, ModelConfig, of_pictures
 from moextend_jax.models.moextend import MoExtend, abstract
 
@@ -44,7 +44,7 @@ def load(name: str, *, folder: Path = FOLDER, remat: Any = "none") -> Loaded:
     config = of_pictures(
         decoder=huggingface.read_decoder_config(folder / name),
         vision=huggingface.read_vision_config(folder / "clip", feature_layer=-1),
-        extension=huggingface.extension_config(huggingface.read_json(attributes), where=attributes),
+        extension=released.extension_config(huggingface.read_json(attributes), where=attributes),
         dtype="float32",
         remat=remat,
         tags=ImageTags(start=start, end=start + 1, pad=start + 2),

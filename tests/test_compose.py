@@ -23,7 +23,8 @@ from safetensors.numpy import load_file, save_file
 
 from moextend_jax import cli
 from moextend_jax.checkpoints import compose, convert, delta, hashes, names, store, train_state
-from moextend_jax.checkpoints.loading import Source, open_checkpoint, open_source, open_tower
+from moextend_jax.checkpoints.loading import open_checkpoint, open_tower
+from moextend_jax.checkpoints.source import Source, open_source
 from moextend_jax.checkpoints.transformers_layout import export_transformers
 from moextend_jax.config import (
     RECIPES,
@@ -209,7 +210,7 @@ def test_folders_of_earlier_versions_are_read_and_their_hashes_still_hold(tmp_pa
         again = open_checkpoint(as_format_1(tmp_path / folder), base=base)
         folders.assert_same(again.arrays, opened.arrays)
         assert (again.config.media, again.config.extensions) == (opened.config.media, opened.config.extensions)
-        assert again.base_hash == base_hash
+        assert folders.base_hash(again) == base_hash
     other = folders.mixtral(tmp_path / "other", seed=9)
     folders.clip(other / "vision")
     with pytest.raises(MoextendError, match=f"content hash {base_hash}"):

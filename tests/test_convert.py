@@ -20,7 +20,8 @@ import tiny
 
 from moextend_jax import cli
 from moextend_jax.checkpoints import convert, hashes, huggingface, names, train_state
-from moextend_jax.checkpoints.loading import open_checkpoint, open_source
+from moextend_jax.checkpoints.loading import open_checkpoint
+from moextend_jax.checkpoints.source import open_source
 from moextend_jax.config import RECIPES, ExtensionConfig, ModelConfig, MoextendError, with_extension, with_vision
 from moextend_jax.runs.export import is_workdir, open_workdir
 from moextend_jax.runs.run import settings_of
@@ -203,7 +204,7 @@ def test_a_delta_of_a_run_goes_back_onto_its_base_and_no_other(tmp_path: Path, b
         opened = open_checkpoint(tmp_path / "delta", base=other)
         folders.assert_same(opened.arrays, {**folders.arrays(BASE), **trained})
         assert opened.config.extension == ExtensionConfig(layers=(0, 2), sources=(1, 3), calibrator_width=5)
-        assert (opened.layout, opened.base_hash) == ("delta", said["base_hash"])
+        assert (opened.source.record.layout, folders.base_hash(opened)) == ("delta", said["base_hash"])
     with pytest.raises(MoextendError, match="--base DIR"):
         open_checkpoint(tmp_path / "delta")
 
@@ -408,7 +409,7 @@ MEMORY = """
 import sys
 from pathlib import Path
 from moextend_jax.checkpoints import convert, cost, leaves
-from moextend_jax.checkpoints.loading import open_source
+from moextend_jax.checkpoints.source import open_source
 import jax
 src, dst = map(Path, sys.argv[1:3])
 {body}

@@ -21,8 +21,9 @@ import pytest
 import tiny
 
 from moextend_jax.checkpoints import huggingface, names
-from moextend_jax.checkpoints.loading import Source, open_checkpoint
+from moextend_jax.checkpoints.loading import open_checkpoint
 from moextend_jax.checkpoints.npz import read_npz
+from moextend_jax.checkpoints.source import Source
 from moextend_jax.checkpoints.store import Record
 from moextend_jax.checkpoints.transformers_layout import export_transformers
 from moextend_jax.config import (
@@ -240,7 +241,7 @@ def check(case: str, theirs: Mapping[str, Any], folder: Path) -> None:
     tensors = folders.read(folder)
     assert sorted(tensors) == list(theirs[f"{case}/names"])
     opened = open_checkpoint(folder)
-    assert opened.layout == ("hf" if config.media or config.extensions else config.decoder.family)
+    assert opened.source.record.layout == ("hf" if config.media or config.extensions else config.decoder.family)
     assert (opened.config.extensions, opened.config.composition) == (config.extensions, config.composition)
     assert opened.config.media.get("speech") == config.media.get("speech")
     assert opened.config.decoder == config.decoder

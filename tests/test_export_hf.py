@@ -19,14 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from folders import released_attributes
 from local_tasks import write_tasks
 from PIL import Image
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from moextend_jax import cli
 from moextend_jax.checkpoints import convert, hashes, huggingface, train_state
-from moextend_jax.checkpoints.loading import open_checkpoint, open_source
+from moextend_jax.checkpoints.loading import open_checkpoint
 from moextend_jax.checkpoints.npz import read_npz
+from moextend_jax.checkpoints.source import open_source
 from moextend_jax.config import (
     IGNORE,
     RECIPES,
@@ -150,7 +152,7 @@ def imported(folder: Path, base: Path) -> Path:
     """A checkpoint in the released layout, its base in bfloat16."""
     config = CASES["imported"].config
     huggingface.write_parameters(folder, imported_arrays(config), table="released", config=config)
-    huggingface.write_json(folder / "config.json", huggingface.released_attributes(config, dtype="bfloat16"))
+    huggingface.write_json(folder / "config.json", released_attributes(config, dtype="bfloat16"))
     shutil.copy(base / "tokenizer.model", folder)
     return folder
 
@@ -391,7 +393,7 @@ def test_what_cannot_be_exported_is_said_and_nothing_is_written(folders: dict[st
     blind = with_vision(CASES["imported"].config, None)
     text = tiny.arrays(blind)
     huggingface.write_parameters(tmp_path / "blind", text, table="released", config=blind)
-    attributes = huggingface.released_attributes(blind, dtype="float32")
+    attributes = released_attributes(blind, dtype="float32")
     huggingface.write_json(tmp_path / "blind" / "config.json", attributes)
     for words, message in (
         ([run, "--model", "probed"], "extend has not been run"),

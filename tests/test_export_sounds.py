@@ -26,8 +26,9 @@ from PIL import Image
 
 from moextend_jax import cli
 from moextend_jax.checkpoints import convert, huggingface
-from moextend_jax.checkpoints.loading import open_checkpoint, open_source
+from moextend_jax.checkpoints.loading import open_checkpoint
 from moextend_jax.checkpoints.npz import read_npz
+from moextend_jax.checkpoints.source import open_source
 from moextend_jax.config import (
     IGNORE,
     RECIPES,

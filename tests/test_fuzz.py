@@ -34,8 +34,8 @@ from sentencepiece import sentencepiece_model_pb2
 from moextend_jax.checkpoints.gguf import open_gguf
 from moextend_jax.checkpoints.gguf_header import read_header
 from moextend_jax.checkpoints.huggingface import read_json
-from moextend_jax.checkpoints.loading import open_source
 from moextend_jax.checkpoints.npz import FREE, read_npz
+from moextend_jax.checkpoints.source import open_source
 from moextend_jax.checkpoints.tensors import open_pickles, open_safetensors
 from moextend_jax.checkpoints.upcycle import open_upcycled
 from moextend_jax.config import MoextendError

@@ -22,7 +22,8 @@ import tiny
 import moextend_jax as mx
 from moextend_jax import check_data, cli, folders
 from moextend_jax.checkpoints import convert, hashes, leaves, sums, tensors, train_state
-from moextend_jax.checkpoints.loading import EMBEDDED, open_base, open_source, tokenizer_folder
+from moextend_jax.checkpoints.loading import EMBEDDED, open_base, tokenizer_folder
+from moextend_jax.checkpoints.source import open_source
 from moextend_jax.checkpoints.transformers_layout import folder_of_model
 from moextend_jax.config import RECIPES, MoextendError
 from moextend_jax.data import forms

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
-from folders import assert_same
+from folders import assert_same, released_attributes
 from safetensors.numpy import load_file, save_file
 
-from moextend_jax.checkpoints import huggingface, names
+from moextend_jax.checkpoints import huggingface, names, released
 from moextend_jax.config import DecoderConfig, ImageTags, ModelConfig, MoextendError, VisionConfig, with_vision
 from moextend_jax.parameters import with_arrays
 
@@ -310,24 +310,24 @@ def test_impossible_sizes_are_refused_by_name(name: str, value: Any):
 
 def test_attributes_round_trip():
     config = with_vision(tiny.EXTENDED, tiny.VISION, tags=ImageTags(start=50, end=51, pad=52))
-    attributes = json.loads(json.dumps(huggingface.released_attributes(config, dtype="float32")))
+    attributes = json.loads(json.dumps(released_attributes(config, dtype="float32")))
     where = Path("config.json")
     assert huggingface.decoder_config(attributes, where=where) == config.decoder
     assert huggingface.vision_config(attributes["vision_config"], where=where, feature_layer=-1) == config.vision
-    extension = huggingface.extension_config(attributes, where=where)
+    extension = released.extension_config(attributes, where=where)
     assert extension and extension.layers == tiny.EXTENSION.layers
-    assert huggingface.image_tags(attributes) == config.tags
+    assert released.image_tags(attributes) == config.tags
 
 
 @pytest.mark.parametrize("layers", [[2, 1], [1, 1], "1", [0.5], [-1]])
 def test_a_strange_list_of_extended_layers_is_refused(layers: Any):
     with pytest.raises(MoextendError, match="add_layer"):
-        huggingface.extension_config(MIXTRAL_8X7B | {"add_layer": layers}, where=Path("config.json"))
+        released.extension_config(MIXTRAL_8X7B | {"add_layer": layers}, where=Path("config.json"))
 
 
 def test_extended_layers_beyond_the_model_are_refused():
     with pytest.raises(MoextendError, match=r"layers \[32\], but the model has only 32"):
-        huggingface.extension_config(MIXTRAL_8X7B | {"add_layer": [3, 32]}, where=Path("config.json"))
+        released.extension_config(MIXTRAL_8X7B | {"add_layer": [3, 32]}, where=Path("config.json"))
 
 
 # --- transformers' own classes ----------------------------------------------------------------------------------------

@@ -18,15 +18,8 @@ import tiny_llama
 
 from moextend_jax import cli, distributed
 from moextend_jax.checkpoints import compose, convert, hashes, huggingface, leaves
-from moextend_jax.checkpoints.loading import (
-    EMBEDDED,
-    Source,
-    folder_of,
-    open_base,
-    open_checkpoint,
-    open_source,
-    open_tower,
-)
+from moextend_jax.checkpoints.loading import EMBEDDED, folder_of, open_base, open_checkpoint, open_tower
+from moextend_jax.checkpoints.source import Source, open_source
 from moextend_jax.checkpoints.upcycle import open_upcycled
 from moextend_jax.config import (
     ImageTags,
@@ -56,7 +49,7 @@ def sizes(config):
 def test_a_mixtral(tmp_path: Path):
     opened = open_checkpoint(folders.mixtral(tmp_path, shards=3))
     folders.assert_same(opened.arrays, folders.arrays(folders.TEXT))
-    assert (opened.layout, opened.config.dtype) == ("mixtral", "bfloat16")
+    assert (opened.source.record.layout, opened.config.dtype) == ("mixtral", "bfloat16")
     assert sizes(opened.config) == sizes(folders.TEXT)
 
 
@@ -103,7 +96,7 @@ def test_a_partial_save_over_its_base(tmp_path: Path, stage: str, config_json: b
     trained = {p: leaf for p, leaf in folders.arrays(config, seed=1).items() if re.match(TRAINED[stage], p)}
     assert trained
     folders.assert_same(opened.arrays, folders.arrays(folders.ALIGNED) | trained)
-    assert opened.layout == "released" and opened.config.tags == config.tags
+    assert opened.source.record.layout == "released" and opened.config.tags == config.tags
 
     if stage == "align":  # here the base may come in its parts
         mixtral, clip = folders.mixtral(tmp_path / "mixtral"), folders.clip(tmp_path / "clip")
@@ -123,7 +116,7 @@ def test_an_imported_folder_is_the_same_checkpoint(tmp_path: Path):
     convert.import_source(open_source(tmp_path / "released"), tmp_path / "imported")
     again = open_checkpoint(tmp_path / "imported")
     folders.assert_same(again.arrays, opened.arrays)
-    assert again.config == opened.config and again.base_hash == opened.base_hash
+    assert again.config == opened.config and folders.base_hash(again) == folders.base_hash(opened)
 
 
 def test_the_embedded_base_opens():
@@ -143,16 +136,16 @@ def test_the_released_checkpoints(name: str):
 
 
 def test_the_hash_is_of_what_is_stored_however_it_is_stored_and_run(tmp_path: Path):
-    one = open_checkpoint(folders.mixtral(tmp_path / "one")).base_hash
-    assert open_checkpoint(folders.mixtral(tmp_path / "shards", shards=4)).base_hash == one
-    assert open_checkpoint(tmp_path / "one", dtype="float32").base_hash == one
+    one = folders.base_hash(open_checkpoint(folders.mixtral(tmp_path / "one")))
+    assert folders.base_hash(open_checkpoint(folders.mixtral(tmp_path / "shards", shards=4))) == one
+    assert folders.base_hash(open_checkpoint(tmp_path / "one", dtype="float32")) == one
     convert.import_source(open_source(tmp_path / "one"), tmp_path / "imported")
-    assert open_checkpoint(tmp_path / "imported").base_hash == one
+    assert folders.base_hash(open_checkpoint(tmp_path / "imported")) == one
     assert json.loads((tmp_path / "imported" / "moextend.json").read_text())["base_hash"] == one
-    assert open_checkpoint(folders.mixtral(tmp_path / "other", seed=1)).base_hash != one
-    assert open_checkpoint(folders.mixtral(tmp_path / "f32", dtype=np.float32)).base_hash != one
+    assert folders.base_hash(open_checkpoint(folders.mixtral(tmp_path / "other", seed=1))) != one
+    assert folders.base_hash(open_checkpoint(folders.mixtral(tmp_path / "f32", dtype=np.float32))) != one
     folders.change(tmp_path / "one", {"model.norm.weight": lambda old: np.nextafter(old, np.ones_like(old) * 9)})
-    assert open_checkpoint(tmp_path / "one").base_hash != one
+    assert folders.base_hash(open_checkpoint(tmp_path / "one")) != one
 
 
 def test_a_tensor_moved_to_another_place_changes_the_hash(tmp_path: Path):
@@ -312,6 +305,20 @@ def test_a_projector_may_be_imported_and_a_folder_without_one_is_refused(tmp_pat
     assert opened.keys() == again.keys() and hashes.stored_hash(opened) == hashes.stored_hash(again)
     with pytest.raises(MoextendError, match="whole holds no projector, only decoder, vision"):
         open_source(tmp_path / "base", projector=tmp_path / "whole")
+
+
+@pytest.mark.parametrize("kept", ["decoder/|extensions/|media/image/tower/", "decoder/|extensions/"])
+def test_a_released_checkpoint_takes_a_projector_that_it_lacks(tmp_path: Path, kept: str):
+    whole = open_source(folders.released(tmp_path / "whole"))
+    folder = folders.released(tmp_path / "part", keep=kept)
+    vision = None if "tower" in kept else folders.clip(tmp_path / "clip")
+    path = folders.projector(tmp_path / "projector")
+    opened = open_source(folder, vision=vision, projector=path)
+    assert opened.config == whole.config and hashes.stored_hash(opened.leaves) == hashes.stored_hash(whole.leaves)
+    with pytest.raises(MoextendError, match=r"Missing: model\.visual\.mm_projector\.0\.bias"):
+        open_source(folder, vision=vision)
+    with pytest.raises(MoextendError, match="whole has a projector already"):
+        open_source(tmp_path / "whole", projector=path)
 
 
 def seeing(*, projector: ProjectorConfig, tower: VisionConfig = tiny.VISION) -> Source:

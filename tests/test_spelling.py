@@ -16,7 +16,8 @@ import tiny
 
 from moextend_jax import cli
 from moextend_jax.checkpoints import hashes, huggingface, leaves, names
-from moextend_jax.checkpoints.loading import open_checkpoint, open_source
+from moextend_jax.checkpoints.loading import open_checkpoint
+from moextend_jax.checkpoints.source import open_source
 from moextend_jax.checkpoints.spelling import unwrapped
 from moextend_jax.checkpoints.tensors import open_tensors
 from moextend_jax.checkpoints.transformers_layout import export_transformers
@@ -172,7 +173,7 @@ def test_a_whole_llava_is_imported(tmp_path: Path, memory: bool, tower: str):
     for source in (folder, tmp_path / "imported"):
         opened = open_checkpoint(source)
         folders.assert_same(opened.arrays, folders.arrays(folders.ALIGNED))
-        assert opened.layout == "hf" and opened.config.extension is None
+        assert opened.source.record.layout == "hf" and opened.config.extension is None
         assert opened.config.vision == dataclasses.replace(tiny.VISION, feature_layer=-2)
     cli.call(["export", str(tmp_path / "imported"), str(tmp_path / "projector"), "--layout", "llava"])
     assert "multi_modal_projector.linear_1.bias" in folders.read(tmp_path / "projector")

@@ -24,8 +24,8 @@ from tiny import few
 from moextend_jax import cli
 from moextend_jax.checkpoints import hashes, huggingface, names, store
 from moextend_jax.checkpoints.leaves import read_slice
-from moextend_jax.checkpoints.loading import Source, open_source
 from moextend_jax.checkpoints.positions import bicubic
+from moextend_jax.checkpoints.source import Source, open_source
 from moextend_jax.checkpoints.transformers_layout import export_transformers
 from moextend_jax.config import RECIPES, DecoderConfig, MoextendError, VisionConfig, of_pictures
 from moextend_jax.families.towers import TOWERS

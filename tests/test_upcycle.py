@@ -16,7 +16,8 @@ from transformers import LlamaConfig
 from moextend_jax.checkpoints import convert, leaves, names
 from moextend_jax.checkpoints.huggingface import read_json
 from moextend_jax.checkpoints.llama import llama_config
-from moextend_jax.checkpoints.loading import open_checkpoint, open_source
+from moextend_jax.checkpoints.loading import open_checkpoint
+from moextend_jax.checkpoints.source import open_source
 from moextend_jax.checkpoints.tensors import Stored, open_safetensors
 from moextend_jax.checkpoints.upcycle import open_upcycled, upcycle, upcycled_config
 from moextend_jax.config import DecoderConfig, ModelConfig, MoextendError

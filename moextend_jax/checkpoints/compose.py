@@ -19,7 +19,8 @@ from rich.console import Console
 from moextend_jax.checkpoints import delta, hashes, store, train_state
 from moextend_jax.checkpoints.convert import described, export_delta, import_source
 from moextend_jax.checkpoints.leaves import Leaf
-from moextend_jax.checkpoints.loading import Source, checked_base, folder_of, open_source, open_tower
+from moextend_jax.checkpoints.loading import folder_of, open_tower
+from moextend_jax.checkpoints.source import Source, checked_base, open_source
 from moextend_jax.config import (
     ADDITIONS,
     IMAGE,

@@ -16,9 +16,9 @@ from typing import Annotated, Any
 from rich.console import Console
 
 from moextend_jax import folders
-from moextend_jax.checkpoints import delta, hashes, huggingface, leaves, names, peft, quantising, store
+from moextend_jax.checkpoints import delta, hashes, huggingface, leaves, names, peft, quantising, released, store
 from moextend_jax.checkpoints.cost import Cost, watched
-from moextend_jax.checkpoints.loading import Source, check_routers, open_source, with_what_is_read
+from moextend_jax.checkpoints.source import Source, check_routers, open_source, with_what_is_read
 from moextend_jax.checkpoints.tensors import Planned, name_list, new_folder, write_safetensors
 from moextend_jax.config import IMAGE, Amount, Count, MoextendError, Quantised, Range, with_vision
 from moextend_jax.families import FAMILIES
@@ -255,7 +255,7 @@ def _layout(source: Source, layout: str) -> dict[str, tuple[dict[str, Planned], 
         if isinstance(attributes.get(name), str):
             attributes = attributes | {name: dtype}
     if layout in FAMILIES:
-        own_attributes = {name: value for name, value in attributes.items() if name not in _RELEASED_ONLY}
+        own_attributes = {name: value for name, value in attributes.items() if name not in released.ADDED}
         files = {".": (plan(table=layout, config=config), own_attributes)}
         if "vision" in source.parts and config.vision:
             files["vision"] = (plan(table=config.vision.family, config=config), tower["vision"])
@@ -266,18 +266,10 @@ def _layout(source: Source, layout: str) -> dict[str, tuple[dict[str, Planned], 
                 f"layout released needs this part too: {name_list(missing)}; there is only {name_list(source.parts)}"
             )
         config = with_vision(config, None)
-    added = huggingface.released_attributes(config, dtype=dtype)
-    merged = attributes | {name: added[name] for name in _RELEASED_ONLY | {"num_local_experts"} if name in added}
-    if isinstance(attributes.get("visual"), dict):  # what the released code wrote there besides stays
-        merged["visual"] = attributes["visual"] | added.get("visual", {})
-    if tower and config.vision:
-        merged["vision_config"] = tower["vision"]
+    merged = released.attributes_of(config, attributes, tower["vision"] if config.vision else None)
     if own := {name: source.record.facts[name] for name in ("recipe", "text_isolation") if name in source.record.facts}:
         merged["moextend"] = own  # how it is to be asked, which the released code has no place for
     return {".": (plan(table="released", config=config), merged)}
-
-
-_RELEASED_ONLY = frozenset({"add_layer", "sources", "visual", "vision_config", "moextend"})
 
 
 def export_delta(

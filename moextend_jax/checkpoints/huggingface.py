@@ -10,33 +10,18 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from moextend_jax.checkpoints import leaves
-from moextend_jax.checkpoints.spelling import MOST_EXPERTS, published, unwrapped
+from moextend_jax.checkpoints.spelling import published, unwrapped
 from moextend_jax.checkpoints.tensors import Stored, open_tensors, write_safetensors
-from moextend_jax.config import (
-    DecoderConfig,
-    ExtensionConfig,
-    ImageTags,
-    ModelConfig,
-    MoextendError,
-    StartName,
-    VisionConfig,
-)
+from moextend_jax.config import DecoderConfig, ModelConfig, MoextendError, VisionConfig
 from moextend_jax.families import FAMILIES
-from moextend_jax.families.attributes import (
-    MOST,
-    decoder_attributes_of,
-    fits,
-    read_fields,
-    with_head_size,
-)
+from moextend_jax.families.attributes import decoder_attributes_of, fits, read_fields, with_head_size
 from moextend_jax.families.towers import TOWERS, hidden_of, ratio_of
 from moextend_jax.media.image import LEVELS
-from moextend_jax.models.starts import STARTS
 from moextend_jax.outside import read_object, short, shown
 
 PUBLISHED_TOWERS = tuple(
@@ -249,56 +234,6 @@ def vision_half(attributes: Mapping[str, Any], where: Path) -> dict[str, Any]:
     return {"architectures": [whole.architecture], "model_type": whole.model_type, **whole.defaults, **half}
 
 
-def extension_config(attributes: Mapping[str, Any], *, where: Path) -> ExtensionConfig | None:
-    layers = attributes.get("add_layer")
-    if not layers:
-        return None
-    if (
-        not isinstance(layers, list)
-        or not all(type(n) is int and n >= 0 for n in layers)
-        or layers != sorted({*layers})
-    ):
-        raise MoextendError(f"{where}: add_layer = {shown(layers)} is no ascending list of layers")
-    count = attributes.get("num_hidden_layers")
-    if not fits("layers", count):
-        raise MoextendError(f"{where}: num_hidden_layers = {shown(count)} is impossible")
-    if beyond := [layer for layer in layers if layer >= count]:
-        raise MoextendError(f"{where}: add_layer names layers {shown(beyond)}, but the model has only {count} layers")
-    sources, start, wide = attributes.get("sources"), attributes.get("start", "copy"), attributes.get("wide", 1)
-    for name, value in (("new_experts", new := attributes.get("new_experts", 1)), ("wide", wide)):
-        if not fits("experts", value) or value > MOST_EXPERTS:
-            raise MoextendError(f"{where}: {name} = {shown(value)} is impossible")
-    if not isinstance(sources, list) or not all(type(n) is int and n >= -1 for n in sources):
-        sources = []
-    if "new_experts" not in attributes:  # the released layout
-        new = max(1, len(sources) // len(layers))
-    known = len(sources) == len(layers) * new * wide
-    if start not in tuple(STARTS) or (start == "twin" and not (known and -1 not in sources)):
-        raise MoextendError(
-            f"{where}: start = {shown(start)} cannot be honoured (only {', '.join(STARTS)}, and twin of known sources)"
-        )
-    sources = sources if known else [-1] * (len(layers) * new * wide)
-    return ExtensionConfig(
-        layers=tuple(layers), sources=tuple(sources), new_experts=new, wide=wide, start=cast(StartName, start)
-    )
-
-
-def image_tags(attributes: Mapping[str, Any]) -> ImageTags:
-    """The ids of a checkpoint for images: where our export says so by name, or the released layout has added them,
-    start, end, pad in a row."""
-    named = attributes.get("image_tags")
-    names = {"start", "end", "pad"}
-    if isinstance(named, dict) and named.keys() == names and all(map(_is_id, named.values())):
-        return ImageTags(**named)
-    visual = attributes.get("visual")
-    start: Any = visual.get("image_start_id") if isinstance(visual, dict) else None
-    return ImageTags(start=start, end=start + 1, pad=start + 2) if _is_id(start) else ImageTags()
-
-
-def _is_id(value: Any) -> bool:
-    return type(value) is int and 0 <= value < MOST
-
-
 def _why_not(model_type: Any) -> str:
     if model_type in ("siglip2", "siglip2_vision_model"):
         return ": SigLIP2 for pictures of any shape (NaFlex) is not supported, that of one size says siglip here"
@@ -334,23 +269,6 @@ def vision_attributes(config: VisionConfig) -> dict[str, Any]:
     values = {**dataclasses.asdict(config), "ratio": ratio}
     return {theirs: values[ours] for theirs, ours in tower.attributes.sizes.items()} | {
         "architectures": [tower.architecture], "model_type": tower.model_type, **tower.constants,
-    }  # fmt: skip
-
-
-def released_attributes(config: ModelConfig, *, dtype: str) -> dict[str, Any]:
-    """Attributes of the released layout: experts counted with the new one, `add_layer`, ids of the image tags."""
-    extension, vision, tags = config.extension, config.vision, config.tags
-    added: dict[str, Any] = {}
-    if extension:
-        added["num_local_experts"] = config.decoder.experts + extension.new_experts
-    tower = {"vision_config": vision_attributes(vision)} if vision else {}
-    if extension and extension.new_experts > 1:
-        added["sources"] = list(extension.sources)
-    in_a_row = (tags.end, tags.pad) == (tags.start + 1, tags.start + 2)
-    return {
-        **decoder_attributes(config.decoder, dtype=dtype), **added, **tower,
-        "add_layer": list(extension.layers) if extension else None,
-        **({"visual": {"image_start_id": tags.start}} if in_a_row else {}),
     }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from moextend_jax.checkpoints import huggingface, leaves, names, quantising, sto
 from moextend_jax.checkpoints.chat_template import ASSETS, chat_template, writes_bos
 from moextend_jax.checkpoints.cost import Cost, watched
 from moextend_jax.checkpoints.llava import patches_are
-from moextend_jax.checkpoints.loading import Source, with_what_is_read
+from moextend_jax.checkpoints.source import Source, with_what_is_read
 from moextend_jax.checkpoints.tensors import Planned, new_folder, write_safetensors
 from moextend_jax.checkpoints.tokenizer_json import tokenizer_files
 from moextend_jax.config import (

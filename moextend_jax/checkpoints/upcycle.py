@@ -20,7 +20,7 @@ from moextend_jax.checkpoints import gguf, huggingface, leaves, store
 from moextend_jax.checkpoints.gguf_tokenizer import write_tokenizer
 from moextend_jax.checkpoints.huggingface import read_json
 from moextend_jax.checkpoints.llama import llama_config
-from moextend_jax.checkpoints.loading import Source, side_files
+from moextend_jax.checkpoints.source import Source, side_files
 from moextend_jax.checkpoints.spelling import unwrapped
 from moextend_jax.checkpoints.tensors import Stored, name_list, open_tensors
 from moextend_jax.config import DecoderConfig, ModelConfig, MoextendError

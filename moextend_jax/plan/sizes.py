@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from moextend_jax.checkpoints import huggingface
-from moextend_jax.checkpoints.loading import NO_PICTURES, folder_of, open_source, open_tower, tower_folder
+from moextend_jax.checkpoints.loading import NO_PICTURES, folder_of, open_tower, tower_folder
+from moextend_jax.checkpoints.source import open_source
 from moextend_jax.config import (
     DecoderConfig,
     FeaturesConfig,

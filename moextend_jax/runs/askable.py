@@ -19,7 +19,8 @@ from jax.sharding import Mesh
 
 from moextend_jax import distributed
 from moextend_jax.checkpoints import hashes, train_state
-from moextend_jax.checkpoints.loading import Checkpoint, Source, open_checkpoint
+from moextend_jax.checkpoints.loading import Checkpoint, open_checkpoint
+from moextend_jax.checkpoints.source import Source
 from moextend_jax.config import ADDITIONS, IMAGE, RECIPES, ModelConfig, MoextendError, Recipe
 from moextend_jax.data.tokenizer import Tokenizer, tokenizer_of
 from moextend_jax.data.writing import template_identity

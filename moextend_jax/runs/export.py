@@ -28,7 +28,8 @@ from moextend_jax.checkpoints.convert import (
     parts_of,
     size_of,
 )
-from moextend_jax.checkpoints.loading import Source, open_base, open_source
+from moextend_jax.checkpoints.loading import open_base
+from moextend_jax.checkpoints.source import Source, open_source
 from moextend_jax.checkpoints.tensors import Stored
 from moextend_jax.checkpoints.transformers_layout import export_transformers
 from moextend_jax.config import RECIPES, MoextendError, with_extension

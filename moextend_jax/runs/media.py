@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 
 from moextend_jax.checkpoints.leaves import Leaf
-from moextend_jax.checkpoints.loading import Source, open_tower
+from moextend_jax.checkpoints.loading import open_tower
+from moextend_jax.checkpoints.source import Source
 from moextend_jax.config import (
     IMAGE,
     TRUNKS,

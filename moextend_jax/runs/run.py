@@ -23,7 +23,8 @@ import jax
 from moextend_jax import distributed, machine, preemption
 from moextend_jax.checkpoints import hashes, huggingface, quantising, train_state
 from moextend_jax.checkpoints.leaves import read_sharded
-from moextend_jax.checkpoints.loading import Source, folder_of, open_base, tokenizer_folder
+from moextend_jax.checkpoints.loading import folder_of, open_base, tokenizer_folder
+from moextend_jax.checkpoints.source import Source
 from moextend_jax.config import IMAGE, RECIPES, ModelConfig, MoextendError
 from moextend_jax.data.batches import Share
 from moextend_jax.data.tokenizer import Tokenizer, tokenizer_of

@@ -25,7 +25,8 @@ from tiny import few
 from moextend_jax import cli
 from moextend_jax.checkpoints import mxfp4, names
 from moextend_jax.checkpoints.leaves import read_slice
-from moextend_jax.checkpoints.loading import open_checkpoint, open_source
+from moextend_jax.checkpoints.loading import open_checkpoint
+from moextend_jax.checkpoints.source import open_source
 from moextend_jax.compare.reference import Reference, rows_of, to_batch
 from moextend_jax.config import IGNORE, RECIPES, Batch, ModelConfig, Quantised
 from moextend_jax.families import FAMILIES

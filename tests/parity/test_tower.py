@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moextend_jax.checkpoints.leaves import read_sharded
-from moextend_jax.checkpoints.loading import open_source
+from moextend_jax.checkpoints.source import open_source
 from moextend_jax.compare.reference import to_nhwc
 from moextend_jax.models.moextend import abstract
 from moextend_jax.parameters import with_arrays
