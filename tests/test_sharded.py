@@ -158,7 +158,7 @@ def assert_same(got: Trained, expected: Trained) -> None:
 def test_so_it_is_in_other_families(family: str):
     """Heads of one norm lie on several devices, and bounds are reached."""
     sizes = {
-        "clip_qkv": 0.05, "shared_hidden": 16, "embed_factor": 3.0, "residual_factor": 0.5, "logits_divisor": 2.0,
+        "clip_qkv": 0.05, "shared_hidden": 16, "embed_factor": 2.0, "residual_factor": 0.5, "logits_divisor": 2.0,
         "local": (True, False, True), "local_window": 5, "rope_scaling": YarnConfig(factor=8.0, length=16),
         "glu_limit": 0.02, "dense_hidden": 16, "shared_experts": 1, "rotary_share": 2 / 3, "groups": 2, "top_groups": 1,
     }  # fmt: skip
