@@ -772,6 +772,18 @@ class RunSettings(ExtensionGroups):
         }
 
 
+UNDECISIVE = frozenset(
+    ("mesh", "cpu_devices", "checkpoint_every", "checkpoints_kept", "log_every", "sinks", "validate_every", "profile",
+     "hang_after")
+)  # fmt: skip
+"""Settings of where a run computes and what it says meanwhile: what it makes is the same, but for rounding."""
+
+
+def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a run's settings, as a mapping, those that decide what it makes."""
+    return {name: value for name, value in settings.items() if name not in UNDECISIVE}
+
+
 def to_config_dict(settings: RunSettings) -> ConfigDict:
     """The settings as an editable ConfigDict, which is what files in configs/ return."""
     return ConfigDict(dataclasses.asdict(settings))

@@ -27,7 +27,7 @@ from moextend_jax.parsing import with_words
 from moextend_jax.runs.data_of import data_dir_of
 from moextend_jax.runs.run import as_json, cpu_devices, write_json
 from moextend_jax.runs.sharing import finished, share
-from moextend_jax.settings import RunSettings
+from moextend_jax.settings import RunSettings, decisive
 from moextend_jax.terminal import console, table_of
 
 MakeRun = Callable[[RunSettings, Path], dict[str, Any]]
@@ -153,8 +153,10 @@ def _summary(
     asked = as_json(dataclasses.asdict(own))
     summary = read_object(done) if done.exists() and made_with.exists() else {}
     # A run that was cut off after other settings leaves their summary beside its own config.json.
-    if "start" in summary and (summary.get("settings") or read_object(made_with).get("settings")) == asked:
-        return summary
+    if "start" in summary:
+        settings = summary.get("settings") or read_object(made_with).get("settings") or {}
+        if decisive(settings) == decisive(asked):
+            return summary
     made: dict[Path, list[str]] = {}  # by folder of a point that begins alike, what it has of the first stages
     for other, settings in points.items():
         there = workdir / other / folder.name

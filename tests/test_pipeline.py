@@ -387,6 +387,7 @@ def test_numbers_of_other_settings_do_not_stay_beside_the_new_ones(tmp_path: Pat
     write_json(tmp_path / "summary.json", {"data": "old"})
     remember(unopened(tmp_path))
     remember(unopened(tmp_path), made=["align"])
+    remember(unopened(tmp_path, mesh={"data": 2, "expert": 4}, log_every=1))  # which decide no number
     assert (tmp_path / "summary.json").exists() and not capsys.readouterr().err
     remember(unopened(tmp_path, rollbacks=1), made=["align"])
     assert not (tmp_path / "summary.json").exists() and "summary.json is of other settings" in capsys.readouterr().err

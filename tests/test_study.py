@@ -93,8 +93,8 @@ def test_points_and_seeds_go_on_where_they_stood(tmp_path: Path, capsys: pytest.
     out = capsys.readouterr().out
     assert "study: 5 of 6: all, seed 1" in out and "study.json" in out
     calls.clear()
-    run_study(dataclasses.replace(settings, study=StudySettings(points={"paper": ()}, seeds=(0, 1))), tmp_path,
-              run=made_up(calls))  # fmt: skip
+    again = dataclasses.replace(settings, study=StudySettings(points={"paper": ()}, seeds=(0, 1)), mesh={"data": -1})
+    run_study(again, tmp_path, run=made_up(calls))
     assert not calls
 
 

@@ -37,7 +37,7 @@ from moextend_jax.outside import read_object
 from moextend_jax.progress import preparing
 from moextend_jax.runs import results
 from moextend_jax.runs.media import with_media
-from moextend_jax.settings import RunSettings, from_config_dict, without_effect
+from moextend_jax.settings import RunSettings, decisive, from_config_dict, without_effect
 from moextend_jax.sharding import parameter_shardings
 from moextend_jax.train import sinks
 
@@ -333,8 +333,9 @@ def remember(run: Run, *, made: Collection[str] | None = None) -> None:
         there = [name for name in results.table(settings).training() if (run.folder(name) / "stage.json").exists()]
         trained = {name for name in there if name in results.table(known).results}.difference(made or ())
         settings = results.with_stages(settings, {name: results.stage_of(known, name) for name in trained})
-    changed, summary = known is None or found_anywhere(known) != settings, run.workdir / "summary.json"
-    if changed and distributed.first() and summary.exists():
+    before, now = (of and decisive(dataclasses.asdict(of)) for of in (known and found_anywhere(known), settings))
+    summary = run.workdir / "summary.json"
+    if before != now and distributed.first() and summary.exists():
         summary.replace(summary.with_name("summary_before.json"))
         print(f"moextend: {summary} is of other settings: it is summary_before.json now", file=sys.stderr)
     packages = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tensorflow-datasets", "numpy")
