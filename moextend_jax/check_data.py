@@ -183,7 +183,8 @@ def print_report(report: Report, faults: FaultSettings, console: Console) -> Non
     reading = report.reading
     title = f"{reading.data} {reading.split} ({', '.join(reading.stages)})"
     others = "".join(f", {n:,} of {mark}" for mark, n in sorted(report.items.items()) if mark != IMAGE_MARK)
-    size = f"{report.rows:,} conversations, {report.images:,} images{others}"
+    many = "conversation" if report.rows == 1 else "conversations"
+    size = f"{report.rows:,} {many}, {report.images:,} image{'' if report.images == 1 else 's'}{others}"
     if report.counts:
         table = Table(title=quoted(f"{title}: {size}"), title_justify="left")
         for column in ("kind", "policy", "count", "first", "what is wrong"):

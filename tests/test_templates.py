@@ -233,7 +233,7 @@ def test_families_are_known_by_their_tokens(tmp_path):
     ours = load_tokenizer(plain)
     with pytest.raises(MoextendError, match=f"{plain} has no chat template.*set recipe.prompt to mixtral"):
         encoder_of(ours, PAPER)
-    with pytest.raises(MoextendError, match="recipe.prompt = chatml needs tokens that"):
+    with pytest.raises(MoextendError, match=r"chatml needs the tokens <\|im_start\|> <\|im_end\|>, and"):
         encoder_of(ours, replace(PAPER, prompt="chatml"))
     assert (
         ours.decode(encode_prompt("a?", tokenizer=ours, recipe=replace(PAPER, prompt="mixtral")).ids_L)

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 from moextend_jax.config import IMAGE, MoextendError, Recipe
 from moextend_jax.data.pieces import Control
-from moextend_jax.data.templates import Place, Script, Shape, Template, script
+from moextend_jax.data.templates import FAMILIES, Place, Script, Shape, Template, script
 from moextend_jax.data.tokenizer import Marked, Tokenizer
 
 MARK = f"<{IMAGE}>"
@@ -65,7 +65,10 @@ def encoder_of(tokenizer: Tokenizer, recipe: Recipe) -> Encoder:
     if name in TEMPLATES:
         return TEMPLATES[name]
     if name not in tokenizer.templates:
-        raise MoextendError(f"recipe.prompt = {name} needs tokens that the tokenizer in {tokenizer.where} has not")
+        raise MoextendError(
+            f"recipe.prompt = {name} needs the tokens {' '.join(FAMILIES[name].tokens)}, and the tokenizer in "
+            f"{tokenizer.where} lacks some of them; set it to tulu or mixtral, which need none of their own"
+        )
     return partial(_by_template, tokenizer.templates[name])
 
 
