@@ -773,10 +773,10 @@ class RunSettings(ExtensionGroups):
 
 
 UNDECISIVE = frozenset(
-    ("mesh", "cpu_devices", "checkpoint_every", "checkpoints_kept", "log_every", "sinks", "validate_every", "profile",
-     "hang_after")
+    ("mesh", "cpu_devices", "remat", "saved", "dispatch", "checkpoint_every", "checkpoints_kept", "log_every", "sinks",
+     "validate_every", "profile", "hang_after")
 )  # fmt: skip
-"""Settings of where a run computes and what it says meanwhile: what it makes is the same, but for rounding."""
+"""Settings of how a run computes and what it says meanwhile: what it makes is the same, but for rounding."""
 
 
 def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
