@@ -11,6 +11,7 @@ import tiny
 from PIL import Image
 
 from moextend_jax.config import MoextendError, VisionConfig
+from moextend_jax.data import features
 from moextend_jax.data.datasets import AnyItems, Items, open_dataset
 from moextend_jax.data.features import FeatureStore, JoinedFeatures, cache_features
 from moextend_jax.data.mixing import JoinedItems
@@ -65,6 +66,16 @@ def test_features_are_those_of_the_key(tmp_path):
         np.testing.assert_array_equal(FeatureStore.open(tmp_path / "c")[image.key], wanted)
     with pytest.raises(MoextendError, match="image k9 is not in"):
         store["k9"]
+
+
+def test_beside_an_accelerator_several_items_are_prepared_at_once(tmp_path, monkeypatch):
+    alone, together, prepare = make(tmp_path / "c"), threading.Barrier(2, timeout=30), features._prepare
+    monkeypatch.setattr(features.machine, "only_cpu", lambda: False)
+    monkeypatch.setattr(features.machine, "cores", lambda: 2)
+    monkeypatch.setattr(features, "_prepare", lambda inputs, row: together.wait() and None or prepare(inputs, row))
+    store = make(tmp_path / "d", few=(0, 1, 2, 3))
+    assert list(store.rows) == ["k0", "k1", "k2", "k3"]
+    np.testing.assert_array_equal(store.features_nPC, alone.features_nPC[:4])
 
 
 def test_a_fitting_cache_is_used_again_and_a_stale_one_is_not(tmp_path):

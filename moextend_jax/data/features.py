@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moextend_jax import distributed, preemption
+from moextend_jax import distributed, machine, preemption
 from moextend_jax.config import MoextendError
 from moextend_jax.data.mixing import Joined
 from moextend_jax.faults import STRICT, Fault, refuse
@@ -30,6 +30,11 @@ from moextend_jax.settings import FaultSettings
 
 if TYPE_CHECKING:  # it reads what is cached here
     from moextend_jax.data.readers import Inputs
+
+
+READERS = 8
+"""Threads at most that decode and prepare items while an accelerator computes: one makes about a hundred photographs
+a second, and Pillow, NumPy and soxr run side by side."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +198,8 @@ def _write(
     prepare = partial(_prepare, inputs)
     count = len(inputs)
     keys, bad, out_nPC = [], {}, None
-    with ThreadPoolExecutor(1) as pool, counting("features", count, unit="images", quick=False) as bar:
+    readers = 1 if machine.only_cpu() else min(READERS, machine.cores())  # on a CPU the tower itself needs the cores
+    with ThreadPoolExecutor(readers) as pool, counting("features", count, unit="images", quick=False) as bar:
         coming = pool.map(prepare, range(min(batch_size, count)))
         for first in range(0, count, batch_size):
             preemption.stop_if_told()
