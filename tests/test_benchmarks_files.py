@@ -256,7 +256,7 @@ def test_mistakes_of_other_files_are_named_by_line(tmp_path: Path):
     listed = json.dumps([good, good | {"id": "2", "conversations": []}], indent=2)
     assert complaint("scienceqa", sqa, listed).startswith("FILE:15: its conversation is not a question and a letter")
     assert "FILE:15: the same question as FILE:2" in complaint("scienceqa", sqa, json.dumps([good, good], indent=2))
-    assert complaint("scienceqa", sqa, '[{"id": 1,\n}]').startswith("FILE:2: not JSON")
+    assert complaint("scienceqa", sqa, '[{"id": 1}\n{]').startswith("FILE:2: not JSON")
     assert complaint("scienceqa", sqa, '[{"id": 1, "id": 2}]').startswith("FILE: the key 'id' stands twice")
     assert complaint("scienceqa", sqa, b'[\n\n"\xff"]').startswith("FILE:3: not UTF-8")
     assert complaint("scienceqa", sqa, "[\n3]").startswith("FILE:2: not an object")
