@@ -206,7 +206,7 @@ def open(  # noqa: A001
 
 def run(
     config: str | os.PathLike[str] | RunSettings | ConfigDict | Mapping[str, Any], *, workdir: FolderName,
-    data: FolderName | None = None, resume_from: FolderName | None = None, **changes: Any,
+    data: FolderName | Sequence[FolderName] | None = None, resume_from: FolderName | None = None, **changes: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """`moextend run`: all stages, evaluation and report; goes on where it stood. Returns what summary.json holds.
 
@@ -222,7 +222,10 @@ def run(
     if not isinstance(given, Mapping):
         raise MoextendError(f"a {type(config).__name__} is no configuration: give its name, its file, or settings")
     if data is not None:
-        given = changed(given, dict.fromkeys(TrainingData.settings, os.fspath(data)))
+        several = _sequence(
+            [data] if isinstance(data, str | os.PathLike) else data, "data is no file, nor a list of them"
+        )
+        given = changed(given, dict.fromkeys(TrainingData.settings, ",".join(_name(one, "file") for one in several)))
     settings = from_config_dict(_changed(given, changes))
     with _own_signals():
         return whole_run(settings, _folder(workdir), resume_from=_maybe(resume_from))
@@ -232,9 +235,13 @@ def run(
 
 
 def _folder(named: FolderName) -> Path:
+    return folder(_name(named))
+
+
+def _name(named: FolderName, of: str = "folder") -> str:
     if not isinstance(named, str | os.PathLike):
-        raise MoextendError(f"a {type(named).__name__} is no folder's name")
-    return folder(os.fspath(named))
+        raise MoextendError(f"a {type(named).__name__} is no {of}'s name")
+    return os.fspath(named)
 
 
 def _maybe(named: FolderName | None) -> Path | None:

@@ -179,12 +179,15 @@ def described(report: Report, faults: FaultSettings) -> dict[str, Any]:
     }
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def print_report(report: Report, faults: FaultSettings, console: Console) -> None:
     reading = report.reading
     title = f"{reading.data} {reading.split} ({', '.join(reading.stages)})"
     others = "".join(f", {n:,} of {mark}" for mark, n in sorted(report.items.items()) if mark != IMAGE_MARK)
-    many = "conversation" if report.rows == 1 else "conversations"
-    size = f"{report.rows:,} {many}, {report.images:,} image{'' if report.images == 1 else 's'}{others}"
+    size = f"{_count(report.rows, 'conversation')}, {_count(report.images, 'image')}{others}"
     if report.counts:
         table = Table(title=quoted(f"{title}: {size}"), title_justify="left")
         for column in ("kind", "policy", "count", "first", "what is wrong"):
@@ -199,7 +202,7 @@ def print_report(report: Report, faults: FaultSettings, console: Console) -> Non
     elif not report.error:
         console.print(quoted(f"{title}: {size}, no faults"))
     if report.skipped:
-        share = f"{report.skipped:,} conversations ({report.skipped / report.rows:.2%}) would be skipped"
+        share = f"{_count(report.skipped, 'conversation')} ({report.skipped / report.rows:.2%}) would be skipped"
         limit = f"{faults.most_skipped:.2%} of at least {LEAST_READ:,} may be, but not all"
         console.print(f"  {share}, {'too many' if report.too_many(faults) else 'few enough'}: {limit}")
     if report.error:

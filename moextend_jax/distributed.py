@@ -65,7 +65,8 @@ def start(*, cpu_devices: int = 1) -> None:
             jax.distributed.initialize(**joining, initialization_timeout=seconds + WAIT)
         printed = os.dup(1) if first() else os.open(os.devnull, os.O_WRONLY)
     except (RuntimeError, ValueError) as error:
-        raise MoextendError(f"the processes of this run do not find each other: {error}") from error
+        alone = f"start all of them, or go alone by `env -u {machine.several()} moextend ...`"
+        raise MoextendError(f"the processes of this run do not find each other: {error}; {alone}") from error
     preemption.pass_on()
     threading.Thread(target=_end_after_another, daemon=True).start()
     # Gloo writes to the file of standard output whenever processes first talk: only Python's own prints go on there.

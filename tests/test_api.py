@@ -284,6 +284,15 @@ def test_a_run_is_the_command_s_with_settings_as_keywords(started: list[tuple], 
     own = started.pop()[0]
     assert [of.data for of in (own.align, own.extend, own.finetune, own.full)] == ["captions.jsonl", *["own.jsonl"] * 3]
     assert own.images == "pictures" and own.evaluate.data == ""
+    mx.run("own", workdir=tmp_path, data=["a.jsonl", Path("b.jsonl:0.5")])
+    assert started.pop()[0].align.data == "a.jsonl,b.jsonl:0.5"
+    for wrong, message in (
+        (5, "data is no file, nor a list"),
+        (b"a", "data is no file, nor a list"),
+        ([5], "a int is no file's"),
+    ):
+        with pytest.raises(mx.MoextendError, match=message):
+            mx.run("own", workdir=tmp_path, data=cast(Any, wrong))
     for config, change, message in (
         ("demmo", {}, "there is no configuration demmo"),
         ("demo", {"finetune": {"step": 3}}, "config.finetune.step is no setting"),

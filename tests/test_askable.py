@@ -23,11 +23,13 @@ import tiny
 from tiny import few
 
 from moextend_jax import cli
+from moextend_jax.checkpoints.loading import open_checkpoint
 from moextend_jax.config import RECIPES, MoextendError
 from moextend_jax.data.conversations import encode_conversation
 from moextend_jax.evaluate import chat, speak
 from moextend_jax.evaluate.forgetting import base_and
 from moextend_jax.evaluate.routed import routing_of
+from moextend_jax.mesh import one_device
 from moextend_jax.routing.command import CollectOptions, _batches
 from moextend_jax.runs import askable as askable_module
 from moextend_jax.runs.askable import Askable, _once, askable, choices, evaluating, open_place
@@ -129,6 +131,10 @@ def test_a_text_model_continues_text_unless_its_tokenizer_brings_a_template(run:
     shutil.rmtree(folder / "vision")
     with pytest.raises(MoextendError, match=r"text model cannot see: .* joins a tower \(--vision\) and a projector"):
         said(open_place(Place(checkpoint=folder)), Path("nowhere.png"))
+    read, place = open_checkpoint(folder), Place(checkpoint=folder)
+    recorded = read.source.record._replace(facts={"recipe": dataclasses.asdict(RECIPES["paper"])})
+    taught = read._replace(source=read.source._replace(record=recorded))  # in text alone
+    assert not askable_module._of_checkpoint(taught, place, mesh=one_device(), sizes=askable_module.SIZES).plain
     (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
     assert not open_place(Place(checkpoint=folder)).plain
 

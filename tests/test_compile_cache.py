@@ -94,6 +94,6 @@ def test_several_processes_go_without_where_all_wait_for_one(accelerator: str, m
     monkeypatch.setattr(distributed.machine, "accelerator", lambda: accelerator)
     monkeypatch.setattr(distributed.compile_cache, "enable", lambda: enabled.append(True))
     monkeypatch.setattr(distributed.jax.distributed, "initialize", alone)
-    with pytest.raises(MoextendError, match="do not find each other"):
+    with pytest.raises(MoextendError, match="do not find each other: nobody answers; start all of them, or go alone"):
         distributed.start()
     assert enabled == ([True] if accelerator == "tpu" else [])

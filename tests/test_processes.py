@@ -485,6 +485,10 @@ def test_processes_with_other_files_of_a_base_are_refused(first_told: list[Any],
         with pytest.raises(MoextendError, match=f"copy: not every process has the same files.*: {name}$"):
             check_same_files(open_base(str(copy), "", feature_layer=-2), where=copy)
         (copy / name).write_bytes(kept)
+    attributes = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(attributes | {"rms_norm_eps": 0.5}))
+    with pytest.raises(MoextendError, match=r"copy: not every process has the same files.*: decoder\.norm_eps$"):
+        check_same_files(open_base(str(copy), "", feature_layer=-2), where=copy)
 
 
 def test_what_a_process_says_last_is_shown(tmp_path: Path):

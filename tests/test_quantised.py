@@ -91,6 +91,12 @@ def test_files_of_four_bits_whose_largest_integer_is_seven_stay_exact():
     assert (np.abs(quantise(noisy, "int4", 32)[0].astype(np.int8)).reshape(6, 32, 40).max(axis=1) == 8).all()
 
 
+def test_four_bits_of_the_largest_weights_that_can_be_stored():
+    w_IO = np.full((GROUP, 1), -8 * 61440, np.float32)  # a seventh of it is no float16
+    values, scale = quantise(w_IO, "int4", GROUP)
+    np.testing.assert_array_equal(dequantise(jnp.asarray(values), jnp.asarray(scale), jnp.float32), w_IO)
+
+
 def test_four_bits_of_mxfp4_say_what_its_standard_says():
     """Nearest, ties to the even code, 6 for all that is more; beside ml_dtypes' own."""
     w = np.linspace(-7.9, 7.9, 633, dtype=np.float32)

@@ -273,6 +273,15 @@ def test_a_base_without_a_template_gets_that_of_its_family(tmp_path, name: str):
     assert answer[-1] in ours.ends and ours.decode(answer) == "b"
 
 
+def test_tulu_s_begins_as_a_text_does_and_needs_an_end(tmp_path):
+    base = load_tokenizer(tiny.ASSETS / "base")
+    asked = encode_prompt("a", tokenizer=base, recipe=replace(PAPER, prompt="tulu"))
+    assert asked.ids_L[0] == base.bos == 1 and base.decode(asked.ids_L[1:]) == "<|user|>\na\n<|assistant|>\n"
+    endless = load_tokenizer(tiny_tokens.write_byte_level(tmp_path, template=None, eos_token=None), ends=[2])
+    with pytest.raises(MoextendError, match="ends an answer with no control token: .* or its tokenizer an eos_token"):
+        encoder_of(endless, replace(PAPER, prompt="tulu"))
+
+
 def test_every_family_has_a_template_that_is_known():
     assert {row.template for row in families.FAMILIES.values()} - {""} <= templates.FAMILIES.keys()
     names = get_args(get_type_hints(Recipe)["prompt"])

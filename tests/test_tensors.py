@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
+import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -246,6 +248,17 @@ def test_a_mount_point_is_refused_before_anything_is_written(tmp_path: Path, mon
     with pytest.raises(MoextendError, match=said), new_folder(tmp_path / "mount"):
         pytest.fail("it was to be written")
     assert [path.name for path in tmp_path.iterdir()] == ["mount"]
+
+
+def test_an_empty_folder_keeps_its_rights(tmp_path: Path):
+    (tmp_path / "new").mkdir(mode=0o750)
+    for mistake in (KeyboardInterrupt, None):
+        with contextlib.suppress(KeyboardInterrupt), new_folder(tmp_path / "new") as folder:
+            (folder / "a").write_text("a")
+            if mistake:
+                raise mistake
+        assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o750
+        assert (tmp_path / "new" / "a").exists() == (mistake is None)
 
 
 @pytest.mark.parametrize("target", ["empty", "nowhere"])

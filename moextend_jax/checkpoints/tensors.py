@@ -14,6 +14,7 @@ import math
 import os
 import re
 import shutil
+import stat
 import uuid
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -452,11 +453,14 @@ def new_folder(path: Path) -> Iterator[Path]:
     hidden.mkdir()
     try:
         if path.exists():  # tried now, with nothing in it: a mount point, even of the same disk, refuses
+            mode = stat.S_IMODE(path.stat().st_mode)
+            hidden.chmod(mode)
             try:
                 hidden.rename(path)
             except OSError as error:
                 raise MoextendError(f"{path} cannot be replaced ({error.strerror}): name a new folder in it") from None
             hidden.mkdir()
+            hidden.chmod(mode)
         yield hidden
         for folder in (hidden, *(entry for entry in hidden.rglob("*") if entry.is_dir())):
             _sync(folder)

@@ -10,17 +10,18 @@ are encoded (`data/conversations.py`); one that has no such form is passed on as
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from moextend_jax.config import MediumKind
 from moextend_jax.faults import Fault
 from moextend_jax.media import KINDS, kind_of_file, mark_of, plurals
+from moextend_jax.outside import Repeated, without_repeats
 
 ROLES = {
     "human": "human", "user": "human", "prompter": "human",
@@ -53,11 +54,14 @@ FILE_KEYS = ("bytes", "path", "url", "data", "array")
 
 QUESTIONS = ("question", "prompt", "instruction", "query")
 ANSWERS = ("answer", "completion", "response", "output")
-BESIDE_QUESTIONS = ("context", "choices", "options", "input")
-"""Keys whose texts the question must hold, since they are not read: without them it would be another question."""
+MORE = ("input", "context")
+"""What an instruction is about, on a line of its own below it."""
+UNREAD = ("context", "choices", "options", "hint", "passage")
+"""Keys whose texts must stand in the turns: without them it would be another conversation."""
 CAPTIONS = ("caption", "text")
 CAPTION_QUESTION = {"audio": "Describe the sound.", "features": "Describe this."}
 """By the kind of the row's first item: `Describe the image.` unless it says another."""
+TRANSCRIPTS = ("transcription", "transcript", "sentence")
 UNREAD_IN_TURNS = frozenset(
     ("tool_calls", "function_call", "weight", "train", *(key for lines in ITEM_KEYS.values() for key in lines[0]))
 )
@@ -94,12 +98,13 @@ def normal_turns(value: Mapping[str, Any]) -> NormalTurns:
             break
     else:
         raise _shapeless(value, items)
+    _check_said(value, key, talk.turns)
     if not talk.items:  # else a picture whose key is misspelt would be lost, and the question asked without it
         for key, content in value.items():
             like = _like(f"{key}", PLAIN_KEYS) if content and not isinstance(content, int | float) else ""
             if like and _misspells(f"{key}", like):
                 raise Fault(f"{key} is not read; is it meant as {like}?", "entry")
-    system = value.get("system")
+    system = value.get("system") or value.get("system_prompt")
     if isinstance(system, str) and system.strip() and not any(_from(turn) == "system" for turn in talk.turns):
         talk = talk._replace(turns=[{"from": "system", "value": system}, *talk.turns])
     return talk
@@ -142,19 +147,23 @@ def _items_of(value: Mapping[str, Any]) -> list[Item]:
     for key, content in value.items():
         if key not in KNOWN and _holds_bytes(content):
             raise Fault(f"what {key} holds is not read; only what {', '.join(ITEM_KEYS)} hold is", "entry")
-    return [item for kind, lines in ITEM_KEYS.items() for item in _of_kind(value, kind, lines)]
+    # Beside an item of another key a file's name is no further sound.
+    beside = any(map(value.get, FILE_NAMES)) and any(map(value.get, KNOWN.difference(FILE_NAMES)))
+    return [item for kind in ITEM_KEYS for item in _of_kind(value, kind, beside=beside)]
 
 
-def _of_kind(value: Mapping[str, Any], kind: MediumKind, lines: tuple[tuple[str, ...], ...]) -> list[Item]:
-    for keys in lines:
+def _of_kind(value: Mapping[str, Any], kind: MediumKind, *, beside: bool) -> list[Item]:
+    for keys in ITEM_KEYS[kind]:
+        if keys is FILE_NAMES and beside and kind != "image":
+            continue
         named = {key: _named(value[key], kind) for key in keys if value.get(key)}
         if keys is FILE_NAMES:
             named = {key: [item for item in of if kind_of_file(item.file) == kind] for key, of in named.items()}
-        lists = list(named.values())
+        lists = [items for items in named.values() if items]
         if any(other != lists[0] for other in lists[1:]):
             noun = "pictures" if kind == "image" else "items"
             raise Fault(f"{' and '.join(named)} name different {noun}", "entry")
-        if lists and lists[0]:
+        if lists:
             return lists[0]
     return []
 
@@ -182,8 +191,12 @@ def _as_list(item: Any) -> list[Any]:
 def _parsed(item: Any) -> Any:
     """Tables also hold lists and objects written as JSON."""
     if isinstance(item, str) and item.startswith(("[", "{")):
-        with contextlib.suppress(ValueError, RecursionError):
-            return json.loads(item)
+        try:
+            return json.loads(item, object_pairs_hook=without_repeats)
+        except Repeated as error:
+            raise Fault(f"{error}, in {item:.60}", "entry") from error
+        except (ValueError, RecursionError):
+            return item
     return item
 
 
@@ -216,14 +229,12 @@ def _question(value: Mapping[str, Any], key: str, items: list[Item]) -> NormalTu
         return None
     if isinstance(value[key], list) and isinstance(answer, list):  # messages, parted where the answer begins
         return _marked(_talk([*value[key], *answer], items))
-    more = _number(value.get("input")) if key == "instruction" else None
-    for name, text in (("input", more), (key, value[key]), ("answer", answer)):
-        if text and isinstance(text, list | dict):
+    about = {name: _number(value[name]) for name in MORE if value.get(name) is not None and key == "instruction"}
+    for name, text in ((key, value[key]), *about.items(), ("answer", answer)):
+        if isinstance(text, list | dict) or (name in about and not isinstance(text, str)):
             raise Fault(f"its {name} must be text, not {text!r:.60}", "entry")
-    question = f"{value[key]}\n{more}" if more and more.strip() else value[key]
-    for name in BESIDE_QUESTIONS:
-        if not _holds(f"{question}", value.get(name) or ""):
-            raise Fault(f"what its {name} says is not read; write it into the {key}, or leave it out", "entry")
+    more = [text for text in about.values() if text.strip()]
+    question = "\n".join([f"{value[key]}", *more]) if more else value[key]
     earlier = _parsed(value.get("history")) or []
     if not isinstance(earlier, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in earlier):
         raise Fault(f"its history must be pairs of a question and its answer, not {earlier!r:.60}", "entry")
@@ -232,9 +243,10 @@ def _question(value: Mapping[str, Any], key: str, items: list[Item]) -> NormalTu
     return _marked(NormalTurns(turns, items))
 
 
-def _holds(text: str, content: Any) -> bool:
-    """Whether a text has the content in it, or every part of a list."""
-    return f"{content}".strip() in text or all(f"{part}".strip() in text for part in _as_list(content))
+def _transcript(value: Mapping[str, Any], key: str, items: list[Item]) -> NormalTurns | None:
+    if not items or items[0].kind != "audio" or not isinstance(value[key], str):
+        return None
+    return _marked(NormalTurns([_turn("human", "What is said?"), _turn("gpt", value[key])], items))
 
 
 def _caption(value: Mapping[str, Any], key: str, items: list[Item]) -> NormalTurns | None:
@@ -256,6 +268,7 @@ SHAPES = (
     Shape(("messages",), _messages),
     Shape(("texts",), _texts),
     Shape(QUESTIONS, _question),
+    Shape(TRANSCRIPTS, _transcript),
     Shape(CAPTIONS, _caption),
 )
 """In the order in which they are tried."""
@@ -264,6 +277,35 @@ SHAPES = (
 def _number(text: Any) -> Any:
     """A number as text: tables have them as answers."""
     return f"{text}" if isinstance(text, int | float) and not isinstance(text, bool) else text
+
+
+# --- what is not read -------------------------------------------------------------------------------------------------
+
+
+def _check_said(value: Mapping[str, Any], key: str, turns: Sequence[Any]) -> None:
+    """Raises the `Fault` of a row that says more than its turns, which were read from `key`."""
+    names = {*UNREAD, *((*QUESTIONS, "input") if key in QUESTIONS else ("history",))}
+    names -= {key, *(MORE if key == "instruction" else ())}
+    if not any(value.get(name) for name in names):
+        return
+    said = _blanks_alike("\n".join(f"{turn.get('value')}" for turn in turns if isinstance(turn, Mapping)))
+    for name in sorted(names):
+        if not _stands(value.get(name), said):
+            raise Fault(f"what its {name} says is not read; write it into the {key}", "entry")
+
+
+def _stands(content: Any, said: str) -> bool:
+    """Whether a text has what a cell says, or every part of it; an option "a" is not in "what"."""
+    text = _blanks_alike(f"{content}")
+    if content in (None, "") or (text in said and re.search(rf"(?<!\w){re.escape(text)}(?!\w)", said, re.ASCII)):
+        return True
+    parts = _parsed(content)
+    parts = parts.values() if isinstance(parts, dict) else parts
+    return isinstance(parts, Iterable) and not isinstance(parts, str) and all(_stands(part, said) for part in parts)
+
+
+def _blanks_alike(text: str) -> str:
+    return " ".join(text.split())
 
 
 # --- turns ------------------------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ ERNIE = (
     "{% if add_generation_prompt %}Assistant: {% endif %}"
 )
 TULU = (
-    "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}"
+    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}"
     "{{ eos_token if message['role'] == 'assistant' }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
@@ -163,7 +163,8 @@ def script(template: Template, shape: Shape) -> Script:
             after = _opens_a_question(template, shape)
         end = next((n for n, item in enumerate(after, 1) if isinstance(item, Control)), None)
         if end is None:
-            raise MoextendError(f"{template.where} ends an answer with no control token: {OTHERS}")
+            hint = f"{OTHERS}, or its tokenizer an eos_token"
+            raise MoextendError(f"{template.where} ends an answer with no control token: {hint}")
         spans.append(Span((*question, *prompt), answer=False))
         spans.append(Span((*started, place, *after[:end]), answer=True))
         question, between = [], after[end:]

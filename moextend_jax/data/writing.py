@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 from moextend_jax.config import IMAGE, MoextendError, Recipe
 from moextend_jax.data.pieces import Control
-from moextend_jax.data.templates import FAMILIES, Place, Script, Shape, Template, script
+from moextend_jax.data.templates import FAMILIES, Place, Script, Shape, Template, end_of, script
 from moextend_jax.data.tokenizer import Marked, Tokenizer
 
 MARK = f"<{IMAGE}>"
@@ -69,6 +69,7 @@ def encoder_of(tokenizer: Tokenizer, recipe: Recipe) -> Encoder:
             f"recipe.prompt = {name} needs the tokens {' '.join(FAMILIES[name].tokens)}, and the tokenizer in "
             f"{tokenizer.where} lacks some of them; set it to tulu or mixtral, which need none of their own"
         )
+    end_of(tokenizer.templates[name])  # what cannot be taught is said now, and not of each conversation
     return partial(_by_template, tokenizer.templates[name])
 
 

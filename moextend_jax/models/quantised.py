@@ -96,7 +96,8 @@ def scales(w_IO: np.ndarray, kind: str, group: int, *, where: str = "weights") -
             f"{where}: weights that are NaN, infinite or too large cannot be stored in {kind}; get the file anew"
         )
     for integer in STORAGES[kind].extremes:
-        other_gO = (extreme_gO / np.float32(integer)).astype(scale_gO.dtype)
+        with np.errstate(over="ignore"):  # where this scale is too large, the other one is not
+            other_gO = (extreme_gO / np.float32(integer)).astype(scale_gO.dtype)
         found = np.nonzero(other_gO.astype(np.float32) * integer == extreme_gO)  # few groups of other files
         ratios = np.moveaxis(grouped, -2, -1)[found] / np.where(other_gO == 0, 1, other_gO)[found][:, None]
         exact = (np.rint(ratios) == ratios).all(axis=-1)

@@ -283,7 +283,8 @@ def _of_checkpoint(checkpoint: Checkpoint, place: Place, *, mesh: Mesh, sizes: E
         return dataclasses.replace(tokenizer, others=config.media)
 
     def is_plain() -> bool:
-        if config.media or _has_template(source.files):
+        taught = config.media or config.added or "recipe" in source.record.facts
+        if taught or _has_template(source.files):
             return False
         return opened.tokenizer.prompt in (None, "mixtral", FAMILIES[config.decoder.family].template)
 

@@ -158,8 +158,7 @@ def open_run(settings: RunSettings, workdir: Path | str) -> Run:
 def _check_alike(settings: RunSettings) -> None:
     """Refuses several processes with other settings than process 0's: each would compile another program. Only folders
     may have other names on other hosts."""
-    given = jax.tree_util.tree_flatten_with_path(as_json(dataclasses.asdict(settings)))[0]
-    found = {jax.tree_util.keystr(path, simple=True, separator="."): value for path, value in given}
+    found = _flat(settings)
     free = {*FOLDERS, *(f"media.{name}.tower" for name in settings.media)}
     distributed.check_same(
         {name: value for name, value in found.items() if name not in free},
@@ -167,11 +166,17 @@ def _check_alike(settings: RunSettings) -> None:
     )
 
 
+def _flat(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass, also those inside others, by their path."""
+    fields = jax.tree_util.tree_flatten_with_path(as_json(dataclasses.asdict(value)))[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="."): field for path, field in fields}
+
+
 def check_same_files(source: Source, *, where: Path | str) -> None:
     """Refuses several processes that have other files of a model: their parts of it would be of several models."""
     if jax.process_count() > 1:
         distributed.check_same(
-            hashes.samples(source.leaves, source.files.values()),
+            hashes.samples(source.leaves, source.files.values()) | _flat(source.config),
             f"{where}: not every process has the same files: give all hosts the same folder, or whole copies of it",
         )
 
