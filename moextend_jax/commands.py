@@ -24,7 +24,7 @@ from moextend_jax.runs.results import FIRST
 from moextend_jax.settings import NotNegative, RunSettings
 from moextend_jax.terminal import console, lines_of_stdin
 
-TrainingData = Sets(tuple(f"{name}.data" for name in FIRST.training()))
+TrainingData = Sets(tuple(f"{name}.data" for name in FIRST.training()), several=True)
 
 NEXT = """next:
   moextend generate --workdir {workdir} {image}"what is this?"
@@ -43,7 +43,7 @@ class GivenOptions:
     config: RunSettings
     _: KW_ONLY
     data: Annotated[str | None, TrainingData] = None
-    """own conversations for every stage: a file or a folder"""
+    """own conversations for every stage: a file or a folder; again for each further one"""
     images: Annotated[str | None, Sets(("images",))] = None
     """folder of their pictures"""
     base: Annotated[str | None, Sets(("base",))] = None

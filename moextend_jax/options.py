@@ -41,9 +41,11 @@ class OneOf(NamedTuple):
 
 
 class Sets(NamedTuple):
-    """Settings that an option is short for: `base: Annotated[str | None, Sets(("base",))]`."""
+    """Settings that an option is short for: `base: Annotated[str | None, Sets(("base",))]`. several: given again, it
+    adds to what it sets, behind a comma; else the last counts."""
 
     settings: tuple[str, ...]
+    several: bool = False
 
 
 class Option(NamedTuple):

@@ -33,8 +33,10 @@ def parse(kind: Any, words: Sequence[str], *, command: str, does: str) -> Any:
         if name.startswith("config."):
             settings[name.removeprefix("config.")] = value
         else:
-            values[name] = values.get(name, ()) + value if is_list(fields(kind).get(name)) else value
             short = [part for part in get_args(fields(kind).get(name)) if isinstance(part, Sets)]
+            if name in values and any(part.several for part in short):
+                value = f"{values[name]},{value}"
+            values[name] = values.get(name, ()) + value if is_list(fields(kind).get(name)) else value
             settings |= {path: value for part in short for path in part.settings}
     config = load(values["config"]) if "config" in values else None
     if "help" in values:

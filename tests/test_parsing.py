@@ -289,5 +289,7 @@ def test_short_options_of_a_run_set_its_settings():
     settings = parse(RunOptions, words, command="run", does="").config
     assert {settings.align.data, settings.extend.data, settings.finetune.data, settings.full.data} == {"own.jsonl"}
     assert (settings.images, settings.profile) == ("pictures", "100:103")
+    more = parse(RunOptions, [*words, "--data=b.jsonl:0.5", "--images", "c"], command="run", does="").config
+    assert (more.finetune.data, more.images) == ("own.jsonl,b.jsonl:0.5", "c")
     with pytest.raises(MoextendError, match="profile = .* must be FIRST:LAST"):
         parse(RunOptions, [*words[:3], "--profile", "103:100"], command="run", does="")
