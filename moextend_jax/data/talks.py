@@ -47,6 +47,7 @@ ITEM_KEYS: dict[MediumKind, tuple[tuple[str, ...], ...]] = {kind: _keys(kind) fo
 is where it came from. Keys of one line must not name different ones. Items of a medium that is not called as its kind
 stand under its name: `{"audio": {"speech": "a.wav"}}`."""
 KNOWN = frozenset(key for lines in ITEM_KEYS.values() for keys in lines for key in keys)
+OTHER_KEYS = KNOWN.difference(FILE_NAMES)
 PLAIN_KEYS = tuple(sorted(key for key in KNOWN - {*plurals("features"), "filename"} if "_" not in key))
 """Those that no usual column of a text alone is like."""
 FILE_KEYS = ("bytes", "path", "url", "data", "array")
@@ -148,7 +149,7 @@ def _items_of(value: Mapping[str, Any]) -> list[Item]:
         if key not in KNOWN and _holds_bytes(content):
             raise Fault(f"what {key} holds is not read; only what {', '.join(ITEM_KEYS)} hold is", "entry")
     # Beside an item of another key a file's name is no further sound.
-    beside = any(map(value.get, FILE_NAMES)) and any(map(value.get, KNOWN.difference(FILE_NAMES)))
+    beside = any(map(value.get, FILE_NAMES)) and any(map(value.get, OTHER_KEYS))
     return [item for kind in ITEM_KEYS for item in _of_kind(value, kind, beside=beside)]
 
 
@@ -284,14 +285,19 @@ def _number(text: Any) -> Any:
 
 def _check_said(value: Mapping[str, Any], key: str, turns: Sequence[Any]) -> None:
     """Raises the `Fault` of a row that says more than its turns, which were read from `key`."""
-    names = {*UNREAD, *((*QUESTIONS, "input") if key in QUESTIONS else ("history",))}
-    names -= {key, *(MORE if key == "instruction" else ())}
-    if not any(value.get(name) for name in names):
+    if not any(map(value.get, _unread_beside(key))):
         return
     said = _blanks_alike("\n".join(f"{turn.get('value')}" for turn in turns if isinstance(turn, Mapping)))
-    for name in sorted(names):
+    for name in _unread_beside(key):
         if not _stands(value.get(name), said):
             raise Fault(f"what its {name} says is not read; write it into the {key}", "entry")
+
+
+@functools.cache
+def _unread_beside(key: str) -> tuple[str, ...]:
+    read = (key, *(MORE if key == "instruction" else ()))
+    names = (*UNREAD, *((*QUESTIONS, "input") if key in QUESTIONS else ("history",)))
+    return tuple(name for name in names if name not in read)
 
 
 def _stands(content: Any, said: str) -> bool:
