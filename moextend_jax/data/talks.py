@@ -57,7 +57,8 @@ QUESTIONS = ("question", "prompt", "instruction", "query")
 ANSWERS = ("answer", "completion", "response", "output")
 MORE = ("input", "context")
 """What an instruction is about, on a line of its own below it."""
-UNREAD = ("context", "choices", "options", "hint", "passage")
+SYSTEMS = ("system", "system_prompt")
+UNREAD = ("context", "choices", "options", "hint", "passage", "history", "system_prompt")
 """Keys whose texts must stand in the turns: without them it would be another conversation."""
 CAPTIONS = ("caption", "text")
 CAPTION_QUESTION = {"audio": "Describe the sound.", "features": "Describe this."}
@@ -99,15 +100,15 @@ def normal_turns(value: Mapping[str, Any]) -> NormalTurns:
             break
     else:
         raise _shapeless(value, items)
-    _check_said(value, key, talk.turns)
     if not talk.items:  # else a picture whose key is misspelt would be lost, and the question asked without it
-        for key, content in value.items():
-            like = _like(f"{key}", PLAIN_KEYS) if content and not isinstance(content, int | float) else ""
-            if like and _misspells(f"{key}", like):
-                raise Fault(f"{key} is not read; is it meant as {like}?", "entry")
-    system = value.get("system") or value.get("system_prompt")
-    if isinstance(system, str) and system.strip() and not any(_from(turn) == "system" for turn in talk.turns):
-        talk = talk._replace(turns=[{"from": "system", "value": system}, *talk.turns])
+        for name, content in value.items():
+            like = _like(f"{name}", PLAIN_KEYS) if content and not isinstance(content, int | float) else ""
+            if like and _misspells(f"{name}", like):
+                raise Fault(f"{name} is not read; is it meant as {like}?", "entry")
+    systems = [text for name in SYSTEMS if isinstance(text := value.get(name), str) and text.strip()]
+    if systems and not any(_from(turn) == "system" for turn in talk.turns):
+        talk = talk._replace(turns=[{"from": "system", "value": systems[0]}, *talk.turns])
+    _check_said(value, key, talk.turns)
     return talk
 
 
@@ -230,12 +231,15 @@ def _question(value: Mapping[str, Any], key: str, items: list[Item]) -> NormalTu
         return None
     if isinstance(value[key], list) and isinstance(answer, list):  # messages, parted where the answer begins
         return _marked(_talk([*value[key], *answer], items))
-    about = {name: _number(value[name]) for name in MORE if value.get(name) is not None and key == "instruction"}
+    names = MORE if key == "instruction" else ()
+    about = {name: _number(value[name]) for name in names if value.get(name) not in (None, "", [], {})}
     for name, text in ((key, value[key]), *about.items(), ("answer", answer)):
         if isinstance(text, list | dict) or (name in about and not isinstance(text, str)):
             raise Fault(f"its {name} must be text, not {text!r:.60}", "entry")
-    more = [text for text in about.values() if text.strip()]
-    question = "\n".join([f"{value[key]}", *more]) if more else value[key]
+    question = value[key]
+    for name, text in about.items():  # a context may stand in the instruction already
+        if text.strip() and not (name == "context" and _stands(text, _blanks_alike(f"{question}"))):
+            question = f"{question}\n{text}"
     earlier = _parsed(value.get("history")) or []
     if not isinstance(earlier, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in earlier):
         raise Fault(f"its history must be pairs of a question and its answer, not {earlier!r:.60}", "entry")
@@ -285,25 +289,29 @@ def _number(text: Any) -> Any:
 
 def _check_said(value: Mapping[str, Any], key: str, turns: Sequence[Any]) -> None:
     """Raises the `Fault` of a row that says more than its turns, which were read from `key`."""
-    if not any(map(value.get, _unread_beside(key))):
+    names = _unread_beside(key)
+    if all(value.get(name) in (None, "") for name in names):
         return
-    said = _blanks_alike("\n".join(f"{turn.get('value')}" for turn in turns if isinstance(turn, Mapping)))
-    for name in _unread_beside(key):
-        if not _stands(value.get(name), said):
-            raise Fault(f"what its {name} says is not read; write it into the {key}", "entry")
+    texts = [(_from(turn), f"{turn.get('value')}") for turn in turns if isinstance(turn, Mapping)]
+    said = _blanks_alike("\n".join(text for _, text in texts))
+    asked = _blanks_alike("\n".join(text for role, text in texts if role != "gpt"))
+    for name in names:
+        if not _stands(value.get(name), said if name == "history" else asked):
+            mend = f"leave out that or the {key}" if name in QUESTIONS else f"write it into the {key}, or leave it out"
+            raise Fault(f"what its {name} says is not read; {mend}", "entry")
 
 
 @functools.cache
 def _unread_beside(key: str) -> tuple[str, ...]:
     read = (key, *(MORE if key == "instruction" else ()))
-    names = (*UNREAD, *((*QUESTIONS, "input") if key in QUESTIONS else ("history",)))
+    names = (*UNREAD, *((*QUESTIONS, "input") if key in QUESTIONS else ()))
     return tuple(name for name in names if name not in read)
 
 
 def _stands(content: Any, said: str) -> bool:
     """Whether a text has what a cell says, or every part of it; an option "a" is not in "what"."""
     text = _blanks_alike(f"{content}")
-    if content in (None, "") or (text in said and re.search(rf"(?<!\w){re.escape(text)}(?!\w)", said, re.ASCII)):
+    if content is None or not text or (text in said and re.search(rf"(?<!\w){re.escape(text)}(?!\w)", said, re.ASCII)):
         return True
     parts = _parsed(content)
     parts = parts.values() if isinstance(parts, dict) else parts

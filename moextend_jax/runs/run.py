@@ -156,8 +156,8 @@ def open_run(settings: RunSettings, workdir: Path | str) -> Run:
 
 
 def _check_alike(settings: RunSettings) -> None:
-    """Refuses several processes with other settings than process 0's: each would compile another program. Only folders
-    may have other names on other hosts."""
+    """Refuses several processes with other settings than process 0's: each would compile another program. Only FOLDERS
+    and those of towers may have other names on other hosts."""
     found = _flat(settings)
     free = {*FOLDERS, *(f"media.{name}.tower" for name in settings.media)}
     distributed.check_same(
